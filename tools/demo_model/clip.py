@@ -14,7 +14,7 @@ from ipgo_engine.demo import Judge
 
 from .data import SIZE, Drawer, Pictures
 from .tokenizer import LENGTH, write_tokenizer
-from .vae import log
+from .vae import log, steps_done
 
 WIDTH, PROJECTION = 192, 128
 MEAN, STD = 0.5, 0.5  # pixels are scaled to [-1, 1]
@@ -80,10 +80,18 @@ def unit(features: Any) -> Tensor:
 
 
 def train_clip(pictures: Pictures, out: Path, minutes: float, device: str) -> None:
-    """Train both towers for `minutes`; written to `out/clip.pt`, the vocabulary to `out/tokenizer`."""
+    """Train for `minutes`, going on from `out/clip.pt`; the vocabulary is written to `out/tokenizer`.
+
+    The text tower is trained in the first call only: the UNet and the judge depend on its states.
+    """
     torch.manual_seed(0)
-    tokenizer = write_tokenizer(all_captions(pictures), out / "tokenizer")
-    model = build(tokenizer).to(device)
+    if (out / "clip.pt").exists():
+        tokenizer, model = load_clip(out, device)
+        model.train(True).requires_grad_(True)
+        model.text_model.requires_grad_(False)
+    else:
+        tokenizer = write_tokenizer(all_captions(pictures), out / "tokenizer")
+        model = build(tokenizer).to(device)
     names = {caption: i for i, caption in enumerate(dict.fromkeys(pictures.captions))}
     concepts = torch.tensor([names[caption] for caption in pictures.captions], device=device)
 
@@ -93,14 +101,16 @@ def train_clip(pictures: Pictures, out: Path, minutes: float, device: str) -> No
             texts = unit(model.get_text_features(input_ids=tokenize(tokenizer, captions, device)))
         return contrast(pixels, texts, model.logit_scale, concepts[rows])
 
-    fit(model, loss_of, Drawer(pictures, seed=10), out / "clip", minutes, device)
+    fit(model, loss_of, Drawer(pictures, seed=10 + steps_done(out / "clip.csv")), out / "clip", minutes, device)
 
 
 def train_judge(pictures: Pictures, out: Path, minutes: float, device: str) -> None:
-    """Train the judge's image tower against the frozen text tower, on other draws."""
+    """Train the judge's image tower against the frozen text tower, on other draws; goes on from `out/judge.pt`."""
     torch.manual_seed(1)
     tokenizer, clip = load_clip(out, device)
     model = Judge(PROJECTION).to(device)
+    if (out / "judge.pt").exists():
+        model.load_state_dict(torch.load(out / "judge.pt", map_location=device, weights_only=True))
     names = {caption: i for i, caption in enumerate(dict.fromkeys(pictures.captions))}
     concepts = torch.tensor([names[caption] for caption in pictures.captions], device=device)
 
@@ -111,7 +121,7 @@ def train_judge(pictures: Pictures, out: Path, minutes: float, device: str) -> N
             pixels = unit(model(images))
         return contrast(pixels, texts, model.logit_scale, concepts[rows])
 
-    fit(model, loss_of, Drawer(pictures, seed=20), out / "judge", minutes, device)
+    fit(model, loss_of, Drawer(pictures, seed=20 + steps_done(out / "judge.csv")), out / "judge", minutes, device)
 
 
 def load_clip(out: Path, device: str) -> tuple[Any, CLIPModel]:
@@ -126,8 +136,10 @@ def load_clip(out: Path, device: str) -> tuple[Any, CLIPModel]:
 
 def fit(model: nn.Module, loss_of: Any, drawer: Drawer, file: Path, minutes: float, device: str) -> None:
     """AdamW with warm-up and a linear fall, for `minutes`."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
     started, step, shown, mean = time.time(), 0, time.time(), 0.0
+    before = steps_done(file.with_suffix(".csv"))
     while (done := (time.time() - started) / 60 / minutes) < 1:
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * min(1, (step + 1) / 100) * max(0.02, 1 - done)
@@ -135,13 +147,13 @@ def fit(model: nn.Module, loss_of: Any, drawer: Drawer, file: Path, minutes: flo
         loss = loss_of(roughen(images.to(device), drawer.random), captions, rows.to(device))
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         step += 1
         mean += (float(loss.detach()) - mean) / min(step, 50)
         if time.time() - shown > 30:
             shown = time.time()
-            log(file.with_suffix(".csv"), step=step, loss=mean)
+            log(file.with_suffix(".csv"), step=before + step, loss=mean)
             torch.save(model.state_dict(), file.with_suffix(".pt"))
-    log(file.with_suffix(".csv"), step=step, loss=mean)
+    log(file.with_suffix(".csv"), step=before + step, loss=mean)
     torch.save(model.state_dict(), file.with_suffix(".pt"))

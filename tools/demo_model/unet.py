@@ -18,6 +18,8 @@ from .vae import build as build_vae
 from .vae import log
 
 RATE, BATCH, DROPOUT = 1e-3, 32, 0.1
+STRANGERS = 12  # at most, a side: tokens without meaning, put around every other batch's texts
+STRANGER_NORM = 5.0  # at most; a text's own tokens have about 14, the square root of WIDTH
 FAVOURED = 0.75  # of a batch, drawn among the favourite concepts
 NORM_GROUPS = 8  # SD1.5 has 10 channels a group; 32 groups of 2 would be nearly instance normalization
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -85,6 +87,20 @@ class TextStates:
         return torch.stack([self.kept[caption][0][:longest].float() for caption in captions])
 
 
+def among_strangers(context: Tensor, random: torch.Generator) -> Tensor:
+    """`context` with short random vectors before and after it: (B, 0..STRANGERS + S + 0..STRANGERS, WIDTH).
+
+    A key of zero gets the logit 0. A model that never saw one gave two tokens near zero so much attention that its
+    pictures fell apart; large models have learned to rest their attention on the first token.
+    """
+    sides = []
+    for count in torch.randint(STRANGERS + 1, (2,), generator=random).tolist():
+        directions = torch.nn.functional.normalize(torch.randn(len(context), count, WIDTH, generator=random), dim=-1)
+        lengths = torch.rand(len(context), count, 1, generator=random) * STRANGER_NORM
+        sides.append((directions * lengths).to(context))
+    return torch.cat((sides[0], context, sides[1]), dim=1)
+
+
 def train(pictures: Pictures, out: Path, minutes: float, device: str, draws: int = 24) -> None:
     """Train for `minutes`, going on from `out/unet.pt` when it is there."""
     torch.manual_seed(3)
@@ -112,6 +128,7 @@ def train(pictures: Pictures, out: Path, minutes: float, device: str, draws: int
         times = torch.randint(0, 1000, (BATCH,), generator=random).to(device)
         noise = torch.randn(clean.shape, generator=random).to(device)
         context = states(texts, padded=step % 4 != 0)
+        context = among_strangers(context, random) if step % 2 else context
         with sdpa_kernel(SDPBackend.MATH), torch.autocast(device, torch.bfloat16):  # a CPU's flash backward is slow
             predicted = model(noises.add_noise(clean, noise, times), times, context).sample
         loss = (weights[times] * (predicted.float() - noise).square().mean(dim=(1, 2, 3))).mean()

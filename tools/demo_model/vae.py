@@ -61,7 +61,10 @@ def psnr(model: AutoencoderKL, images: Tensor) -> float:
 
 
 def train(pictures: Pictures, out: Path, minutes: float, device: str) -> None:
-    """Train for `minutes`, going on from `out/vae.pt` when it is there."""
+    """Train for `minutes`, going on from `out/vae.pt` when it is there.
+
+    Once the UNet's latents exist the encoder stays as it is, and only the decoder learns.
+    """
     torch.manual_seed(0)
     model = build().to(device, memory_format=torch.channels_last)
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
@@ -73,6 +76,9 @@ def train(pictures: Pictures, out: Path, minutes: float, device: str) -> None:
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
+    if (out / "latents.pt").exists():
+        model.encoder.requires_grad_(False)
+        model.quant_conv.requires_grad_(False)
     drawer = Drawer(pictures, seed=step + 2)
     check = Drawer(pictures, seed=1, held_out=True).batch(40)[0].to(device)
     started, shown = time.time(), 0.0
@@ -104,6 +110,14 @@ def save(out: Path, model: Any, average: Any, optimizer: Any, step: int) -> None
     state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save(state | {"step": step}, out / "vae.part")
     (out / "vae.part").replace(out / "vae.pt")
+
+
+def steps_done(path: Path) -> int:
+    """The step of the last line of a training log; 0 without one."""
+    if not path.exists():
+        return 0
+    with path.open(newline="") as file:
+        return int(list(csv.DictReader(file))[-1]["step"])
 
 
 def log(path: Path, **values: Any) -> None:
