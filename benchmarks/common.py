@@ -45,7 +45,7 @@ def add_generator_options(parser: argparse.ArgumentParser) -> None:
     """Sampler settings every benchmark takes; defaults are the demo model's."""
     parser.add_argument("--model", help="a local diffusers folder (default: the demo model)")
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=demo.GUIDANCE_SCALE)
     parser.add_argument("--sampler", default="ddim")
     parser.add_argument("--eta", type=float, default=1.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

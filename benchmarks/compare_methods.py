@@ -16,24 +16,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.common import (
-    PROMPTS,
-    add_generator_options,
-    cached,
-    interval,
-    make_generator,
-    shown,
-    write_table,
-)
+from benchmarks.common import PROMPTS, add_generator_options, cached, make_generator
+from benchmarks.compare_report import METHODS, path_of, report
 from ipgo_engine import (
     JointConfig,
     NoiseConfig,
     NoiseRegularizer,
     OptimizeConfig,
+    TokenConfig,
     optimize_jointly,
     optimize_noise,
     rewards,
@@ -41,7 +34,6 @@ from ipgo_engine import (
 )
 
 FRESH = (1001, 1002, 1003)  # seeds no method has seen
-METHODS = ("raw", "best-of-n", "ipgo", "noise", "noise, no regularizer", "joint")
 
 
 class Bench:
@@ -54,13 +46,22 @@ class Bench:
         self.held_out = rewards.load(options.held_out, device=options.device)
         self.regularizer = NoiseRegularizer()
         self.seeds = tuple(range(options.seeds))
+        length = options.token_length
         self.tokens = OptimizeConfig(
+            tokens=TokenConfig(prefix_length=length, suffix_length=length),
             epochs=options.epochs,
-            seeds=self.seeds,
-            backprop_steps=options.token_backprop,
+            backprop_steps=options.token_backprop or None,
             learning_rate=options.token_lr,
+            monitor_every=options.epochs,
+            checkpoint=False,
         )
-        self.noise = NoiseConfig(iterations=options.iterations)
+        self.noise = NoiseConfig(
+            iterations=options.iterations,
+            learning_rate=options.noise_lr,
+            which=options.which,
+            monitor_every=options.iterations,
+            checkpoint=False,
+        )
 
     def run(self, method: str, prompt: str) -> dict[str, Any]:
         """Scores of every seed's image, evaluations per image, seconds."""
@@ -110,26 +111,31 @@ class Bench:
         rows = []
         for seed in self.seeds:
             candidates = [seed, *(10_000 * (seed + 1) + i for i in range(self.options.most - 1))]
-            row: dict[str, list[Any]] = {"target": [], "held_out": [], "probability": []}
+            row: dict[str, list[Any]] = {"target": [], "held_out": [], "probability": [], "thumbnails": []}
             for start in range(0, len(candidates), self.options.batch):
                 images, noise = self._images(prompt, candidates[start : start + self.options.batch])
                 for key, value in self._scores(images, prompt, noise).items():
-                    if key in row:
-                        row[key] += value
-            rows.append(row)
+                    row[key] += value
+            rows.append(row | {"thumbnails": records_only(row["target"], row["thumbnails"])})
         return {"candidates": rows}
 
     def _ipgo(self, prompt: str) -> dict[str, Any]:
-        result = train_tokens(self.generator, self.target, [prompt], self.tokens)
-        noise = self.generator.draw_noise(self.seeds)
-        return self._scores(result.image, prompt, noise) | {"tokens": result.best, "curve": curve(result)}
+        """Tokens of their own for every seed, as in the paper's prompt-wise training."""
+        results = [
+            train_tokens(self.generator, self.target, [prompt], replace(self.tokens, seeds=(seed,)))
+            for seed in self.seeds
+        ]
+        images, noise = torch.cat([r.image for r in results]), self.generator.draw_noise(self.seeds)
+        learned = {"tokens": [r.best for r in results], "curve": [curve(r) for r in results]}
+        return self._scores(images, prompt, noise) | learned
 
-    def _transfer(self, prompt: str, tokens: Any) -> dict[str, Any]:
-        """The target on fresh seeds, with the tokens and without them."""
-        found = {}
-        for name, learned in (("fresh", tokens), ("fresh_raw", None)):
-            images, noise = self._images(prompt, list(FRESH), learned)
-            found[name] = self._scores(images, prompt, noise)["target"]
+    def _transfer(self, prompt: str, tokens: list[Any]) -> dict[str, Any]:
+        """The target on fresh seeds, one for each set of tokens, with the tokens and without them."""
+        found: dict[str, list[float]] = {"fresh": [], "fresh_raw": []}
+        for seed, own in zip(FRESH, tokens, strict=False):
+            for name, learned in (("fresh", own), ("fresh_raw", None)):
+                images, noise = self._images(prompt, [seed], learned)
+                found[name] += self._scores(images, prompt, noise)["target"]
         return found
 
     def _noise(self, prompt: str, config: NoiseConfig) -> dict[str, Any]:
@@ -149,6 +155,15 @@ def curve(result: Any) -> list[list[float | None]]:
     return [[event.reward, event.probability] for event in result.history]
 
 
+def records_only(scores: list[float], thumbnails: list[str]) -> list[str | None]:
+    """Thumbnails of the candidates that were the best when they came; the others can never be chosen."""
+    best, kept = float("-inf"), []
+    for score, thumbnail in zip(scores, thumbnails, strict=True):
+        kept.append(thumbnail if score > best else None)
+        best = max(best, score)
+    return kept
+
+
 def to_bytes(image: torch.Tensor) -> str:
     """A 96-pixel PNG in base64: small enough to travel, large enough to look at."""
     import base64
@@ -158,97 +173,6 @@ def to_bytes(image: torch.Tensor) -> str:
     buffer = io.BytesIO()
     Image.fromarray(array).resize((96, 96)).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-# -- the report -------------------------------------------------------------------------------------------------------
-
-
-def pick(candidates: list[dict[str, list[float]]], count: int) -> dict[str, list[float]]:
-    """The best of the first `count` candidates of every seed, by the target."""
-    chosen = [int(np.argmax(row["target"][:count])) for row in candidates]
-    return {key: [row[key][i] for row, i in zip(candidates, chosen, strict=True)] for key in candidates[0]}
-
-
-def collect(out: Path, prompts: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
-    """method -> prompt -> scores, Best-of-N once for the budget of every learning method."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for method in METHODS:
-        files = {p: out / slug(method) / f"{slug(p)}.json" for p in prompts}
-        found[method] = {p: cached(f, dict) for p, f in files.items() if f.exists()}
-    candidates, steps = found.pop("best-of-n"), {}
-    for method in ("ipgo", "noise", "joint"):
-        for prompt, scores in found[method].items():
-            per_image = found["raw"][prompt]["evaluations"]
-            most = len(candidates[prompt]["candidates"][0]["target"])
-            count = min(most, max(1, round(scores["evaluations"] / per_image)))
-            steps.setdefault(method, []).append(count)
-            row = pick(candidates[prompt]["candidates"], count) | {"evaluations": count * per_image, "n": count}
-            found.setdefault(f"best of N for {method}", {})[prompt] = row
-    return found
-
-
-def report(out: Path, prompts: list[str]) -> str:
-    """One row per method: means with 95 % intervals over prompts; gains are paired with the raw prompt."""
-    found = collect(out, prompts)
-    rows = []
-    order = ["raw", "best of N for ipgo", "ipgo", "best of N for noise", "noise, no regularizer", "noise"]
-    for method in [*order, "best of N for joint", "joint"]:
-        if not found.get(method):
-            continue
-        done = sorted(found[method])
-        groups = [p for p in done for _ in found[method][p]["target"]]
-
-        def values(key: str, method: str = method, done: list[str] = done) -> list[float]:
-            return [v for p in done for v in found[method][p][key]]
-
-        def gain(key: str, method: str = method, done: list[str] = done) -> list[float]:
-            pairs = [zip(found[method][p][key], found["raw"][p][key], strict=True) for p in done]
-            return [a - b for pair in pairs for a, b in pair]
-
-        row = {
-            "method": method,
-            "evaluations": round(float(np.mean([found[method][p]["evaluations"] for p in done]))),
-            "target": shown(interval(values("target"), groups)),
-            "gain": shown(interval(gain("target"), groups)),
-            "held-out": shown(interval(values("held_out"), groups)),
-            "held-out gain": shown(interval(gain("held_out"), groups)),
-            "P(z) median": f"{np.median(values('probability')):.2g}",
-            "P(z) lowest": f"{np.min(values('probability')):.2g}",
-            "fresh-seed gain": "",
-        }
-        if "fresh" in found[method][done[0]]:
-            fresh = [
-                a - b
-                for p in done
-                for a, b in zip(found[method][p]["fresh"], found[method][p]["fresh_raw"], strict=True)
-            ]
-            row["fresh-seed gain"] = shown(interval(fresh, [p for p in done for _ in found[method][p]["fresh"]]))
-        rows.append(row)
-    text = write_table(
-        rows, out / "table", f"Demo model, {len(found['raw'])} prompts, target reward and held-out reward"
-    )
-    return text + versus(found)
-
-
-def versus(found: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Paired differences against Best-of-N at equal cost."""
-    lines = []
-    for method in ("ipgo", "noise", "joint"):
-        rival = found.get(f"best of N for {method}", {})
-        for key in ("target", "held_out"):
-            pairs = [
-                (p, a - b) for p in sorted(rival) for a, b in zip(found[method][p][key], rival[p][key], strict=True)
-            ]
-            if pairs:
-                triple = interval([d for _, d in pairs], [p for p, _ in pairs])
-                n = np.mean([row["n"] for row in rival.values()])
-                lines.append(f"- {method} minus best of {n:.0f}, {key.replace('_', '-')}: {shown(triple)}")
-    return "\n" + "\n".join(lines) + "\n"
-
-
-def slug(text: str) -> str:
-    """A file name."""
-    return "".join(c if c.isalnum() else "-" for c in text)
 
 
 def main() -> None:
@@ -262,11 +186,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--iterations", type=int, default=50)
-    parser.add_argument("--token-backprop", type=int, default=1)
+    parser.add_argument("--token-length", type=int, default=10, help="of prefix and of suffix")
+    parser.add_argument("--token-backprop", type=int, default=1, help="K; 0 for all model steps")
     parser.add_argument("--token-lr", type=float, default=1e-3)
+    parser.add_argument("--noise-lr", type=float, default=1e-2)
     parser.add_argument("--free-lr", type=float, default=1e-3, help="noise learning rate without the regularizer")
+    parser.add_argument("--which", default="all", choices=["initial", "all"], help="which noise is optimized")
     parser.add_argument("--most", type=int, default=256, help="candidates per seed for Best-of-N")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th prompt, starting with the i-th")
     parser.add_argument("--report", action="store_true")
@@ -277,12 +204,10 @@ def main() -> None:
         bench = Bench(options)
         for method in options.methods:
             for prompt in prompts[index::count]:
-                cached(options.out / slug(method) / f"{slug(prompt)}.json", lambda m=method, p=prompt: bench.run(m, p))
+                cached(path_of(options.out, method, prompt), lambda m=method, p=prompt: bench.run(m, p))
                 print(f"{method}: {prompt}", flush=True)
     if options.report or options.shard == "0/1":
-        text = report(options.out, prompts)
-        (options.out / "table.md").write_text(text, encoding="utf-8")
-        print(text)
+        print(report(options.out, prompts, options.model or "demo model"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,142 @@
+"""Table and figure of what `compare_methods` measured."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from benchmarks.common import cached, interval, shown, write_table
+
+METHODS = ("raw", "best-of-n", "ipgo", "noise", "noise, no regularizer", "joint")
+LEARNING = ("ipgo", "noise", "joint")
+ORDER = (
+    "raw", "best of N for ipgo", "ipgo", "best of N for noise", "noise, no regularizer", "noise",
+    "best of N for joint", "joint",
+)  # fmt: skip
+Found = dict[str, dict[str, dict[str, Any]]]  # method -> prompt -> scores, one per seed
+
+
+def slug(text: str) -> str:
+    """A file name."""
+    return "".join(c if c.isalnum() else "-" for c in text)
+
+
+def path_of(out: Path, method: str, prompt: str) -> Path:
+    """Where the scores of one cell are kept."""
+    return out / slug(method) / f"{slug(prompt)}.json"
+
+
+def pick(candidates: list[dict[str, list[float]]], count: int) -> dict[str, list[float]]:
+    """The best of the first `count` candidates of every seed, by the target."""
+    chosen = [int(np.argmax(row["target"][:count])) for row in candidates]
+    return {key: [row[key][i] for row, i in zip(candidates, chosen, strict=True)] for key in candidates[0]}
+
+
+def collect(out: Path, prompts: list[str]) -> Found:
+    """What is there, with Best-of-N at the cost of each learning method; prompts without a baseline are left out."""
+    found: Found = {}
+    for method in METHODS:
+        files = {p: path_of(out, method, p) for p in prompts}
+        found[method] = {p: cached(f, dict) for p, f in files.items() if f.exists()}
+    candidates, raw = found.pop("best-of-n"), found["raw"]
+    complete = {p for p in prompts if p in candidates and p in raw}
+    found = {method: {p: row for p, row in rows.items() if p in complete} for method, rows in found.items()}
+    for method in LEARNING:
+        for prompt, scores in found[method].items():
+            per_image = raw[prompt]["evaluations"]
+            most = len(candidates[prompt]["candidates"][0]["target"])
+            count = min(most, max(1, round(scores["evaluations"] / per_image)))
+            row = pick(candidates[prompt]["candidates"], count) | {"evaluations": count * per_image, "n": count}
+            found.setdefault(f"best of N for {method}", {})[prompt] = row
+    return {method: rows for method, rows in found.items() if rows}
+
+
+def gain(found: Found, method: str, key: str, base: str = "raw") -> tuple[float, float, float]:
+    """Mean and interval of a method's score minus another's, paired by prompt and seed."""
+    pairs = [(p, a - b) for p, row in found[method].items() for a, b in zip(row[key], found[base][p][key], strict=True)]
+    return interval([d for _, d in pairs], [p for p, _ in pairs])
+
+
+def report(out: Path, prompts: list[str], model: str) -> str:
+    """Table and figure: means with 95 % intervals over prompts; gains are paired with the raw prompt."""
+    found = collect(out, prompts)
+    rows = [table_row(found, method) for method in ORDER if method in found]
+    title = f"{model}: {len(found['raw'])} prompts, target reward and held-out reward"
+    text = write_table(rows, out / "table", title) + versus(found)
+    (out / "table.md").write_text(text, encoding="utf-8")
+    figure(found, out / "figure.png")
+    return text
+
+
+def table_row(found: Found, method: str) -> dict[str, Any]:
+    """One row of the table."""
+    rows = found[method]
+
+    def values(key: str) -> list[float]:
+        return [v for row in rows.values() for v in row[key]]
+
+    groups = [p for p, row in rows.items() for _ in row["target"]]
+    fresh = ""
+    if all("fresh" in row for row in rows.values()):
+        differences = np.subtract(values("fresh"), values("fresh_raw")).tolist()
+        fresh = shown(interval(differences, [p for p, row in rows.items() for _ in row["fresh"]]))
+    return {
+        "method": method,
+        "evaluations": round(float(np.mean([row["evaluations"] for row in rows.values()]))),
+        "target": shown(interval(values("target"), groups)),
+        "gain": shown(gain(found, method, "target")),
+        "held-out": shown(interval(values("held_out"), groups)),
+        "held-out gain": shown(gain(found, method, "held_out")),
+        "P(z) median": f"{np.median(values('probability')):.2g}",
+        "P(z) lowest": f"{np.min(values('probability')):.2g}",
+        "fresh-seed gain": fresh,
+    }
+
+
+def versus(found: Found) -> str:
+    """Paired differences against Best-of-N at equal cost, and against plain noise optimization."""
+    lines = []
+    for method in (m for m in LEARNING if m in found):
+        rival = f"best of N for {method}"
+        count = np.mean([row["n"] for row in found[rival].values()])
+        for key in ("target", "held_out"):
+            triple = gain(found, method, key, rival)
+            lines.append(f"- {method} minus best of {count:.0f}, {key.replace('_', '-')}: {shown(triple)}")
+    return "\n" + "\n".join(lines) + "\n"
+
+
+def figure(found: Found, path: Path, shown_prompts: int = 6) -> None:
+    """Gains with their intervals on the left; pictures of the first prompts, seed 0, on the right."""
+    methods = [m for m in ("best of N for noise", "ipgo", "noise", "joint") if m in found]
+    prompts = sorted(found["raw"])[:: max(1, len(found["raw"]) // shown_prompts)][:shown_prompts]
+    fig = Figure(figsize=(11, 1.35 * (len(methods) + 1) + 0.4), layout="constrained")
+    left, right = fig.subfigures(1, 2, width_ratios=[1, 1.7])
+    bars = left.subplots()
+    for offset, key, label in ((-0.19, "target", "the reward that was optimized"), (0.19, "held_out", "held-out")):
+        triples = [gain(found, method, key) for method in methods]
+        means, low, high = (np.array(column) for column in zip(*triples, strict=True))
+        places = np.arange(len(methods)) + offset
+        bars.barh(places, means, 0.36, xerr=[means - low, high - means], capsize=3, label=label)
+    bars.axvline(0, color="black", lw=0.8)
+    bars.set_yticks(range(len(methods)), methods)
+    bars.invert_yaxis()
+    bars.set_xlabel("gain over the raw prompt, 95 % interval", fontsize=8)
+    bars.legend(fontsize=7)
+    grid = right.subplots(len(methods) + 1, len(prompts), squeeze=False)
+    for row, method in zip(grid, ["raw", *methods], strict=True):
+        for ax, prompt in zip(row, prompts, strict=True):
+            picture = found[method].get(prompt, {}).get("thumbnails", [None])[0]
+            if picture is not None:
+                ax.imshow(Image.open(io.BytesIO(base64.b64decode(picture))))
+            ax.set_xticks([])
+            ax.set_yticks([])
+        row[0].set_ylabel(method, fontsize=7)
+    for ax, prompt in zip(grid[0], prompts, strict=True):
+        ax.set_title(prompt, fontsize=8)
+    fig.savefig(path, dpi=110)
