@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import black_box_rewards, joint, models, noise, rewards, scores, tokens, tokens_files
+from . import black_box_rewards, downloads, joint, models, noise, rewards, scores, tokens, tokens_files
 from .host.files import register_folders
 
-MODULES = (models, tokens, tokens_files, noise, joint, rewards, black_box_rewards, scores)
+MODULES = (models, tokens, tokens_files, noise, joint, rewards, black_box_rewards, downloads, scores)
 
 
 class IPGOExtension(ComfyExtension):

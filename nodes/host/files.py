@@ -40,6 +40,11 @@ def reward_places() -> list[str]:
     return sorted(names)
 
 
+def reward_root() -> Path:
+    """Where downloaded reward weights go: the first place that ComfyUI knows."""
+    return Path(folder_paths.get_folder_paths(REWARDS)[0])
+
+
 def reward_path(name: str) -> Path:
     """The file or folder of that name; `InputError` with where to put it when there is none."""
     folders = [Path(folder) for folder in folder_paths.get_folder_paths(REWARDS)]

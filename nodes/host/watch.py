@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import comfy.model_management
+import comfy.utils
 from torch import Tensor
 
 from ...ipgo_engine.errors import Cancelled
@@ -31,14 +32,33 @@ class NodeObserver(NodeProgress):
         """Move the bar, show the pictures and the numbers."""
         pictures = event.images
         super().on_step(event if pictures is None else replace(event, images=together(pictures)))
-        self._show_text(step_text(event))
+        show_text(step_text(event), self._node_id)
 
-    def _show_text(self, text: str) -> None:
-        from server import PromptServer
 
-        server = getattr(PromptServer, "instance", None)
-        if server is not None and self._node_id is not None and hasattr(server, "send_progress_text"):
-            server.send_progress_text(text, self._node_id)
+class Transfer:
+    """Watches a download: its text under the node, a bar in MB, Cancel at every piece."""
+
+    def __init__(self, node_id: str | None = None) -> None:
+        self._node_id, self._bar, self.text = node_id, comfy.utils.ProgressBar(1), ""
+
+    def report(self, message: str) -> None:
+        """One more line."""
+        self.text = "\n".join(filter(None, (self.text, message)))
+        show_text(self.text, self._node_id)
+
+    def progress(self, item: Any, done: int, total: int | None) -> None:
+        """Move the bar; the interrupt leaves what was fetched, to go on from."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self._bar.update_absolute(done // 10**6, max(1, (total or done) // 10**6))
+
+
+def show_text(text: str, node_id: str | None) -> None:
+    """Text under the node, where this release shows some."""
+    from server import PromptServer
+
+    server = getattr(PromptServer, "instance", None)
+    if server is not None and node_id is not None and hasattr(server, "send_progress_text"):
+        server.send_progress_text(text, node_id)
 
 
 def step_text(event: StepEvent) -> str:

@@ -7,12 +7,12 @@ Without a checkout nothing here runs, and one line at the end of the report says
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-COMFYUI = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from comfyui_server import COMFYUI
+
 FOUND = (COMFYUI / "comfy" / "samplers.py").is_file()
 MISSING = (
     f"tests/comfy: NOT RUN, no ComfyUI checkout at {COMFYUI} (set COMFYUI_PATH): "
@@ -20,7 +20,6 @@ MISSING = (
 )
 
 if FOUND:
-    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
     sys.path.insert(0, str(Path(__file__).parent))
     import host  # noqa: F401  starts ComfyUI
 else:

@@ -1,7 +1,8 @@
-"""Nodes for tests only: rewards that go wrong on purpose, and an exact comparison of images."""
+"""Nodes for tests only: rewards that go wrong on purpose, and exact comparisons of images."""
 
 from __future__ import annotations
 
+import hashlib
 import time
 
 import torch
@@ -61,4 +62,38 @@ class SameImages:
         return {"ui": {"text": (text,)}}
 
 
-NODE_CLASS_MAPPINGS = {"IPGOTestFaultyReward": Faults, "IPGOTestSameImages": SameImages}
+class Again:
+    """Hands a latent on, and is never cached: what comes after it is computed anew."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("LATENT",), "hand_on", "testing"
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"latent": ("LATENT",)}}
+
+    @classmethod
+    def IS_CHANGED(cls, **_):  # noqa: N802
+        return float("nan")
+
+    def hand_on(self, latent):
+        return (latent,)
+
+
+class Digest:
+    RETURN_TYPES, FUNCTION, CATEGORY, OUTPUT_NODE = (), "digest", "testing", True
+
+    @classmethod
+    def INPUT_TYPES(cls):  # noqa: N802
+        return {"required": {"images": ("IMAGE",)}}
+
+    def digest(self, images):
+        pixels = images.float().cpu().contiguous().numpy().tobytes()
+        return {"ui": {"text": (hashlib.sha256(pixels).hexdigest(),)}}
+
+
+NODE_CLASS_MAPPINGS = {
+    "IPGOTestFaultyReward": Faults,
+    "IPGOTestSameImages": SameImages,
+    "IPGOTestAgain": Again,
+    "IPGOTestDigest": Digest,
+}

@@ -1,24 +1,33 @@
-"""A real ComfyUI in this process, and the pack loaded into it as a custom node."""
+"""A real ComfyUI in this process, and the pack loaded into it as a custom node.
+
+`COMFYUI_ARGUMENTS` replaces its command line (`--cpu`).
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import logging
+import os
 import sys
 import tempfile
 import types
 from contextlib import contextmanager
+from pathlib import Path
 
-from conftest import COMFYUI, ROOT
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from comfyui_server import COMFYUI, ROOT
 
+ARGUMENTS = os.environ.get("COMFYUI_ARGUMENTS", "--cpu").split()
 PACK = "ipgo_pack_under_test"
 
 
 def _start_comfyui() -> None:
-    """Import ComfyUI with its command line set: CPU, and a base folder of its own."""
+    """Import ComfyUI with its command line set and a base folder of its own; the root's `nodes` must not hide its."""
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
     sys.path.insert(0, str(COMFYUI))
-    arguments, sys.argv = sys.argv, ["main.py", "--cpu", "--base-directory", tempfile.mkdtemp(prefix="comfy-test-")]
+    base = tempfile.mkdtemp(prefix="comfy-test-")
+    arguments, sys.argv = sys.argv, ["main.py", *ARGUMENTS, "--base-directory", base]
     try:
         import comfy.options
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import comfy.sd1_clip
 import diffusers
 import host
 import pytest
@@ -70,6 +72,32 @@ def world(request, tmp_path_factory):
 
 def difference(a, b):
     return float((a - b).abs().max() / b.abs().max())
+
+
+TEXTS = (
+    PROMPT, "A Red CAT, on the MOON!", "it's 2024, isn't it?", "a-b_c/d 'e' \"f\"", "  two   spaces\nand a line",
+    "caf\u00e9 \u65e5\u672c \U0001f600", "x" * 40, "",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_tokenizer(world, text):
+    """The same ids as the folder's own tokenizer gives, and the same words as CLIP's."""
+    _, pipeline, _, clip, _ = world
+    with host.node():
+        (pairs,) = clip.tokenize(text)["l"]
+    ids = pipeline.tokenizer(text, padding="max_length", max_length=len(pairs), return_tensors="pt").input_ids
+    assert [int(pair[0]) for pair in pairs] == ids[0].tolist()
+    core = transformers.CLIPTokenizer.from_pretrained(str(Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer"))
+    ours, theirs = ("".join(t.tokenize(text)).split("</w>") for t in (pipeline.tokenizer, core))
+    assert ours == theirs
+
+
+def test_weights_in_brackets_are_understood(world):
+    *_, clip, _ = world
+    with host.node():
+        (pairs,) = clip.tokenize("red (cat:1.5)")["l"]
+    assert {pair[1] for pair in pairs} == {1.0, 1.5}
 
 
 def test_text_encoder(world):

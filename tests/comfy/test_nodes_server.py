@@ -17,11 +17,17 @@ PROMPT = "red heart"
 TOKENS, IMAGES, BEFORE, CURVE, LOSS, REPORT = range(6)  # outputs of IPGOTrainTokens
 NOISE = {"noise": 0, "sampler": 1, "sigmas": 2, "model": 3, "latent": 4, "images": 5, "report": 9}
 ADVANCED = {"preview_every": 1, "monitor_every": 1}
+SAMPLERS = (
+    "euler", "euler_ancestral", "ddim", "lms", "dpmpp_2m", "dpmpp_sde", "dpmpp_2m_sde", "uni_pc", "lcm",
+    "res_multistep", "ddpm",
+)  # fmt: skip
+LONG = {"IPGOTrainTokens", "IPGONoiseOptimize", "IPGOJointOptimize"}
 
 
 @pytest.fixture(scope="module")
 def server():
     with Server() as running:
+        running.digest = stock_digest(running)
         yield running
 
 
@@ -115,6 +121,25 @@ def test_every_input_and_output_is_explained(server):
             for name, spec in info["input"].get(part, {}).items():
                 assert spec[1].get("tooltip"), f"{node_id}.{name}"
         assert all(info["output_tooltips"]), node_id
+        if "search_aliases" in server.info["KSampler"]:  # older releases know none
+            assert info["search_aliases"], node_id
+
+
+def test_rarely_touched_inputs_are_marked_advanced(server):
+    if not any("advanced" in spec for spec in options_of(server, "IPGOTrainTokens").values()):
+        pytest.skip("this ComfyUI does not know advanced inputs")
+    for node_id in LONG:
+        options = options_of(server, node_id)
+        assert options["preview_every"]["advanced"]
+        assert options["backprop_steps"]["advanced"]
+        for plain in ("steps", "cfg", "seed", "sampler_name", "save_as"):
+            assert not options[plain].get("advanced"), plain
+
+
+def options_of(server, node_id):
+    """Options of every input of a node."""
+    found = server.info[node_id]["input"]
+    return {name: spec[1] for part in ("required", "optional") for name, spec in found.get(part, {}).items()}
 
 
 def test_help_pages_and_templates_are_served(server):
@@ -146,6 +171,7 @@ def test_training_shows_progress_and_equals_stock_nodes(server):
     assert (server.base / "models" / "ipgo_tokens" / "equal_tokens_00001.safetensors").is_file()
     (_, after), *_ = gains(done.text(report))
     assert after > 0
+    still_works(server)
 
 
 def test_strength_zero_is_the_prompt_itself(server):
@@ -172,8 +198,20 @@ def graph_with(graph, run, output=REPORT):
     return graph
 
 
-@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m_sde", "lcm"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_tokens_equal_stock_nodes(server, sampler):
+    """97-token CONDITIONING into a plain KSampler, with a negative of 77 tokens."""
+    graph = Demo(server.info)
+    train = graph.train(f"tokens_{sampler}", epochs=1, prefix_length=10, suffix_length=10, sampler_name=sampler)
+    applied = (graph.add("IPGOApplyConditioning", conditioning=graph.text(), tokens=(train, TOKENS)), 0)
+    stock = graph.sampled(applied, graph.text(""), sampler_name=sampler)
+    check = graph.same((train, IMAGES), stock)
+    assert finished(server, graph).text(check) == "equal"
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_optimized_noise_equals_stock_nodes(server, sampler):
+    """SamplerCustomAdvanced and a plain KSampler, from what was handed over."""
     graph = Demo(server.info)
     run = graph.optimize(f"equal_{sampler}", sampler_name=sampler)
     guider = graph.add("CFGGuider", model=graph.model, positive=graph.positive, negative=graph.negative, cfg=4.0)
@@ -192,6 +230,7 @@ def test_optimized_noise_equals_stock_nodes(server, sampler):
     done = finished(server, graph)
     assert [done.text(check) for check in checks] == ["equal", "equal"]
     assert 0 < float(done.text(measured)) <= 1
+    still_works(server)
 
 
 def test_a_batch_of_noises(server):
@@ -297,6 +336,24 @@ def test_a_missing_file_is_refused_before_anything_runs(server):
     assert "nothing.safetensors" in refused
 
 
+def test_download_shows_size_and_licence_and_fetches_nothing(server):
+    graph = Demo(server.info)
+    graph.show((graph.add("IPGODownloadWeights", reward_name="pickscore"), 0))
+    report = finished(server, graph).text(str(len(graph.nodes)))
+    assert "pickscore/model.safetensors" in report
+    assert "licence: " in report
+    assert " MB" in report
+    assert "Nothing was fetched" in report
+    assert not list((server.base / "models" / "rewards").rglob("*.safetensors"))
+
+
+def test_download_from_a_mirror_that_has_nothing_says_so(server):
+    graph = Demo(server.info)
+    graph.show((graph.add("IPGODownloadWeights", reward_name="pickscore", action="download", mirror=server.url), 0))
+    assert "127.0.0.1 answers 404" in server.run(graph.nodes).error
+    assert not list((server.base / "models" / "rewards").rglob("*.safetensors"))
+
+
 def test_a_second_run_of_the_same_is_cached(server):
     graph = Demo(server.info)
     train = graph.train("cached", epochs=1)
@@ -318,6 +375,7 @@ def test_cancel_keeps_the_best_and_resume_takes_it_or_goes_on(server):
     done = server.wait(prompt)
     assert done.interrupted
     assert (server.base / "output" / "ipgo" / "cancelled_00001.png").is_file()
+    still_works(server)
     graph.nodes[run]["inputs"]["resume"] = "take the best so far"
     report = finished(server, graph).text(graph.last)
     (before, after), *_ = gains(report)
@@ -400,8 +458,15 @@ def test_biased_samplers_and_bad_prompts_are_refused(server):
     assert "deis" in (server.wait(answer["prompt_id"]).error if "prompt_id" in answer else str(answer))
 
 
-def still_works(server):
-    """A stock prompt gives the same picture as ever."""
+def stock_digest(server):
+    """What a stock prompt gives, to the last bit; nothing in it is taken from the cache."""
     graph = Demo(server.info)
-    shown = graph.add("PreviewImage", images=graph.sampled(graph.text(), graph.text(""), seed=int(time.time())))
-    assert finished(server, graph).outputs[shown]["images"]
+    latent = (graph.add("IPGOTestAgain", latent=graph.latent()), 0)
+    images = graph.sampled(graph.text(), graph.text(""), seed=11, latent_image=latent, sampler_name="dpmpp_sde")
+    shown = graph.add("IPGOTestDigest", images=images)
+    return finished(server, graph).text(shown)
+
+
+def still_works(server):
+    """A stock prompt gives the very same picture as before any of our nodes ran."""
+    assert stock_digest(server) == server.digest

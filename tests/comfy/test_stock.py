@@ -33,6 +33,12 @@ def all_samplers():
     return comfy.samplers.KSampler.SAMPLERS
 
 
+def all_schedulers():
+    import comfy.samplers
+
+    return comfy.samplers.KSampler.SCHEDULERS
+
+
 @pytest.fixture(scope="module")
 def world():
     """MODEL, VAE and conditionings as they exist inside a running prompt: inference tensors."""
@@ -85,6 +91,12 @@ def test_equals_stock(world, sampler):
     with host.node(), generator, torch.no_grad():
         assert torch.equal(generator.generate(generator.encode(["a"]), generator.draw_noise([7])), expected)
     assert torch.equal(stock(world, sampler), expected)
+
+
+@pytest.mark.parametrize("scheduler", all_schedulers())
+def test_every_scheduler_equals_stock(world, scheduler):
+    expected = stock(world, "dpmpp_2m_sde", scheduler)
+    assert torch.equal(ours(make(world, "dpmpp_2m_sde", scheduler)), expected)
 
 
 @pytest.mark.slow

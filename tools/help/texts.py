@@ -28,9 +28,9 @@ LOOK_AT = """
 WEIGHTS = """
 ## Weights
 
-Nothing is downloaded by this node. Put the files into `models/rewards` (or a folder that `extra_model_paths.yaml`
-names under `rewards`) and press **R**. Repository, revision, size, checksum and licence of every file are in the
-pack's `ipgo_engine/rewards/weights.py`.
+Nothing is downloaded by this node. Let *Download Reward Weights* fetch the files, or put them into `models/rewards`
+(or a folder that `extra_model_paths.yaml` names under `rewards`) yourself, and press **R**. Repository, revision,
+size, checksum and licence of every file are in the pack's `ipgo_engine/rewards/weights.py`.
 
 {files}
 
@@ -221,6 +221,17 @@ reward on one exact grid of pixels, and nowhere else, no longer pay. Costs one m
             files="`models/rewards/imagereward/ImageReward.pt` and, in the same folder, `vocab.txt` of\n"
             "bert-base-uncased."
         ),
+    ),
+    "IPGODownloadWeights": (
+        """
+Fetches the published weights of a reward into `models/rewards`. As it comes it only **shows** what it would fetch:
+address, size, licence and whether the checksum is known. Set *action* to **download** and press Run again.
+
+Each file is written under another name until it is whole and its checksum is right. After **Cancel** or a broken line
+the next run goes on from there; files that are there and right are not fetched again. Afterwards everything works
+offline. No other node fetches anything.
+""",
+        "",
     ),
     "IPGOCombineRewards": (
         """
