@@ -44,13 +44,19 @@ def page(server, browser):
     context = browser.new_context(viewport={"width": 1800, "height": 1100})
     opened = context.new_page()
     opened.set_default_timeout(PATIENCE)
-    opened.problems = []
+    opened.problems, opened.missing = [], []
+    opened.on("response", lambda answer: opened.missing.append(answer.url) if answer.status == 404 else None)
     opened.on("pageerror", lambda error: opened.problems.append(str(error)))
     opened.goto(server.url, wait_until="domcontentloaded")
     opened.wait_for_function(STARTED)
     opened.wait_for_timeout(1500)
     yield opened
     context.close()
+
+
+def workflow(name):
+    """A workflow as it is stored."""
+    return json.loads((ROOT / "workflows" / f"{name}.json").read_text())
 
 
 def load(page, name):
@@ -75,7 +81,7 @@ def shot(page, name):
 def test_template_loads_without_missing_nodes_or_widget_errors(page, server, name):
     load(page, name)
     shot(page, name)
-    expected = json.loads((ROOT / "workflows" / f"{name}.json").read_text())
+    expected = workflow(name)
     state = page.evaluate(
         """() => ({
           missing: app.graph._nodes.filter(n => n.has_errors || !LiteGraph.registered_node_types[n.type])
@@ -100,6 +106,44 @@ def test_template_loads_without_missing_nodes_or_widget_errors(page, server, nam
             assert here == there, node["type"]
 
 
+def test_template_browser_lists_all_with_pictures(page):
+    pick_template(page, None)
+    shot(page, "template_browser")
+    cards = page.locator('[data-testid^="template-workflow-"]')
+    assert sorted(card.removeprefix("template-workflow-") for card in attributes(cards)) == TEMPLATES
+    pictures = [image for image in page.missing if "workflow_templates" in image]
+    assert pictures == []  # every card has its thumbnail
+
+
+def attributes(cards):
+    """data-testid of every element."""
+    return cards.evaluate_all("elements => elements.map(e => e.dataset.testid)")
+
+
+def pick_template(page, name):
+    """As a user does: Templates, the pack on the left, a card."""
+    page.get_by_role("button", name="Templates").first.click()
+    dialog = page.get_by_role("dialog").last
+    dialog.get_by_text("ipgo", exact=True).first.click()
+    page.locator('[data-testid^="template-workflow-"]').nth(len(TEMPLATES) - 1).wait_for()
+    page.wait_for_timeout(2500)
+    if name is not None:
+        page.get_by_test_id(f"template-workflow-{name}").click()
+        dialog.wait_for(state="hidden")
+        page.wait_for_timeout(1000)
+        page.evaluate(FIT)
+
+
+def press_run(page):
+    """The Run button."""
+    page.get_by_test_id("queue-button").click()
+
+
+def press_cancel(page):
+    """The red cross beside it."""
+    page.get_by_role("button", name="Cancel current run").first.click()
+
+
 def set_budget(page, **values):
     """Smaller numbers in every widget of these names."""
     page.evaluate(
@@ -110,10 +154,9 @@ def set_budget(page, **values):
 
 
 def test_a_template_runs_to_the_end(page, server):
-    load(page, "3_demo_optimize_noise")
+    pick_template(page, "3_demo_optimize_noise")
     set_budget(page, iterations=3, steps=4)
-    page.evaluate("() => app.queuePrompt(0, 1)")
-    page.wait_for_timeout(3000)
+    press_run(page)
     end = 0
     while end < PATIENCE / 1000:
         if "step 1 of 3" in server.log():
@@ -133,18 +176,21 @@ def test_a_template_runs_to_the_end(page, server):
     shot(page, "finished")
     history = list(server.get("/history").values())
     assert history[-1]["status"]["status_str"] == "success"
+    titled = {node["title"]: str(node["id"]) for node in workflow("3_demo_optimize_noise")["nodes"] if "title" in node}
+    for shown in ("Before", "After", "KSampler", "SamplerCustomAdvanced"):
+        assert page.evaluate("id => app.graph.getNodeById(id).imgs?.length", int(titled[shown])) == 1, shown
     assert page.problems == []
 
 
 def test_a_template_is_cancelled_on_the_page(page, server):
     load(page, "1_demo_train_and_compare")
     set_budget(page, epochs=500, steps=4, images_per_prompt=1, save_as="cancelled_on_the_page")
-    page.evaluate("() => app.queuePrompt(0, 1)")
+    press_run(page)
     waited = 0.0
     while "step 1 of 500" not in server.log() and waited < PATIENCE / 1000:
         page.wait_for_timeout(500)
         waited += 0.5
-    page.evaluate("() => app.api ? app.api.interrupt() : fetch('/interrupt', {method: 'POST'})")
+    press_cancel(page)
     page.wait_for_function(
         "async () => { const q = await (await fetch('/queue')).json(); "
         "return !q.queue_running.length && !q.queue_pending.length }",

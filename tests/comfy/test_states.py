@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib.util
 import os
+import types
 
+import comfy.model_base
 import comfy.model_management
 import comfy.samplers
 import comfy.sd
@@ -150,6 +153,25 @@ def test_caches_are_refused_by_name(world, extras):
     model = host.run_node(extras["EasyCache"], model=world[0], **options)
     with pytest.raises(errors.InputError, match="EasyCache"):
         make(world, "euler", model=model)
+
+
+def test_a_model_whose_gradient_would_be_lost_is_refused_by_name():
+    kind = getattr(comfy.model_base, "CosmosPredict2", None)
+    if kind is None:
+        pytest.skip("this ComfyUI has no Cosmos Predict2")
+    model = types.SimpleNamespace(wrappers={}, model=object.__new__(kind))
+    with pytest.raises(errors.InputError, match=r"CosmosPredict2.*no backward"):
+        host.pack("nodes.host.refuse").refuse_unsupported(model)
+
+
+def test_latents_of_sound_and_picture_together_are_refused(world):
+    if importlib.util.find_spec("comfy.nested_tensor") is None:
+        pytest.skip("this ComfyUI has no such latents")
+    from comfy.nested_tensor import NestedTensor
+
+    parts = NestedTensor([torch.zeros(1, 4, 8, 8), torch.zeros(1, 8, 16)])
+    with pytest.raises(errors.InputError, match="several tensors"):
+        make(world, "euler", latent={"samples": parts})
 
 
 def test_hooks_are_refused_with_the_reason(world):

@@ -1,7 +1,6 @@
 """Run the demo workflows and make their thumbnails: `python -m tools.workflows.pictures --server http://127.0.0.1:8188`.
 
-Workflows for a user's own checkpoint get a picture of their graph instead: `--graphs FOLDER` holds screenshots of the
-page by workflow name (the browser tests write them).
+Workflows for a user's own checkpoint get a picture of their graph instead: see `screenshots`.
 """
 
 from __future__ import annotations
@@ -71,20 +70,10 @@ def thumbnail(pictures: list[Image.Image], names: tuple[str, ...]) -> Image.Imag
     return sheet
 
 
-def graph_picture(path: Path) -> Image.Image:
-    """A screenshot of the page, without its edges."""
-    page = Image.open(path).convert("RGB")
-    cut = page.crop(
-        (round(page.width * 0.05), round(page.height * 0.06), round(page.width * 0.6), round(page.height * 0.8))
-    )
-    return cut.resize(SIZE, Image.Resampling.LANCZOS)
-
-
 def main() -> int:
     """Make every thumbnail that can be made."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--server", default="http://127.0.0.1:8188", help="a running ComfyUI with this pack")
-    parser.add_argument("--graphs", type=Path, help="folder with screenshots of the other workflows")
     parser.add_argument("--only", help="a part of the names")
     parser.add_argument("--keep", type=Path, help="folder for the full pictures and texts of every run")
     arguments = parser.parse_args()
@@ -103,8 +92,6 @@ def main() -> int:
             print(f"{path.stem}: {time.time() - started:.0f} s")
             if arguments.keep:
                 keep(arguments, path.stem, workflow, outputs)
-        elif arguments.graphs and (arguments.graphs / f"{path.stem}.png").is_file():
-            graph_picture(arguments.graphs / f"{path.stem}.png").save(path.with_suffix(".jpg"), quality=85)
     return 0
 
 
