@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from benchmarks.common import PROMPTS, add_generator_options, cached, make_generator
-from benchmarks.compare_report import METHODS, path_of, report
+from benchmarks.compare_report import METHODS, path_of, put_into_readme, report
 from ipgo_engine import (
     JointConfig,
     NoiseConfig,
@@ -197,6 +197,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th prompt, starting with the i-th")
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--readme", action="store_true", help="with --report: put figure and table into the README")
     options = parser.parse_args()
     prompts = [line for line in options.prompts.read_text().splitlines() if line.strip()]
     if not options.report:
@@ -208,6 +209,8 @@ def main() -> None:
                 print(f"{method}: {prompt}", flush=True)
     if options.report or options.shard == "0/1":
         print(report(options.out, prompts, options.model or "demo model"))
+    if options.readme:
+        put_into_readme(options.out, prompts)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ ORDER = (
     "raw", "best of N for ipgo", "ipgo", "best of N for noise", "noise, no regularizer", "noise",
     "best of N for joint", "joint",
 )  # fmt: skip
+START, END = "<!-- results: python -m benchmarks.compare_methods --report --readme -->", "<!-- end of results -->"
 Found = dict[str, dict[str, dict[str, Any]]]  # method -> prompt -> scores, one per seed
 
 
@@ -97,6 +98,42 @@ def table_row(found: Found, method: str) -> dict[str, Any]:
         "P(z) lowest": f"{np.min(values('probability')):.2g}",
         "fresh-seed gain": fresh,
     }
+
+
+PLAIN = {
+    "raw": "your prompt as it is",
+    "best of N for noise": "best of {n} random seeds",
+    "ipgo": "IPGO tokens",
+    "noise": "noise, regularized",
+    "noise, no regularizer": "noise, not regularized",
+    "joint": "tokens and noise together",
+}
+
+
+def summary(found: Found) -> str:
+    """The table of the README: what each method costs and gains, in words."""
+    lines = [
+        "| method | cost, in pictures | reward | held-out reward | smallest P(z) |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    unit = np.mean([row["evaluations"] for row in found["raw"].values()])
+    for method, name in PLAIN.items():
+        if method in found:
+            row = table_row(found, method)
+            count = round(row["evaluations"] / unit)
+            cells = [name.format(n=count), count, row["target"], row["held-out"], row["P(z) lowest"]]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def put_into_readme(out: Path, prompts: list[str]) -> None:
+    """Replace the table between the README's two marks, and the figure in docs."""
+    root = Path(__file__).resolve().parents[1]
+    before, _, rest = (root / "README.md").read_text(encoding="utf-8").partition(START)
+    _, _, after = rest.partition(END)
+    text = before + START + "\n" + summary(collect(out, prompts)) + END + after
+    (root / "README.md").write_text(text, encoding="utf-8")
+    (root / "docs" / "results.png").write_bytes((out / "figure.png").read_bytes())
 
 
 def versus(found: Found) -> str:

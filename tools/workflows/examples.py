@@ -9,7 +9,6 @@ from .graph import Link, Node, Workflow
 
 PROMPT = "dog face"
 DEMO = {"width": 128, "height": 128, "steps": 10, "cfg": 3.0}
-FEW_TOKENS = {"prefix_length": 2, "suffix_length": 2}
 """The demo model was trained on prompts of one length: twenty tokens more would draw its attention away from them."""
 SAMPLER = {"sampler_name": "euler", "scheduler": "normal"}
 
@@ -89,10 +88,9 @@ def train_and_compare(w: Workflow) -> None:
         images_per_prompt=4,
         **DEMO,
         **SAMPLER,
-        epochs=30,
-        learning_rate=0.05,
-        **FEW_TOKENS,
-        backprop_steps=3,
+        epochs=12,
+        learning_rate=0.02,
+        backprop_steps=0,
         monitor_1=held_out.out("reward"),
         save_as="demo_tokens",
     )
@@ -359,8 +357,7 @@ def joint(w: Workflow) -> None:
         **SAMPLER,
         iterations=25,
         noise_learning_rate=0.05,
-        token_learning_rate=0.05,
-        **FEW_TOKENS,
+        token_learning_rate=0.02,
         monitor_1=held_out.out("reward"),
         save_as="demo_joint",
     )
