@@ -63,6 +63,28 @@ def run(generator: Any, reward: rewards.Reward, monitor: rewards.Reward, options
     }
 
 
+def draw_overview(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """One panel per reward with the curves of both methods: every step faint, the best so far strong."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 2.5 * ((len(found) + 2) // 3)), dpi=100, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots((len(found) + 2) // 3, 3, squeeze=False).ravel()
+    for axis, (name, results) in zip(axes, found.items(), strict=False):
+        for colour, (method, result) in zip(("tab:blue", "tab:orange"), results.items(), strict=True):
+            steps = [event.step for event in result["history"]]
+            axis.plot(steps, [event.reward for event in result["history"]], color=colour, alpha=0.35, linewidth=1)
+            axis.plot(steps, [event.best for event in result["history"]], color=colour, label=method)
+        axis.set_title(name, fontsize=10)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    for axis in axes[len(found) :]:
+        axis.set_axis_off()
+    axes[0].legend(fontsize=8)
+    save_figure(path, figure)
+
+
 def main() -> None:
     """Run every reward and write curves and a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -77,14 +99,17 @@ def main() -> None:
     parser.add_argument("--held-out", default="demo-judge")
     parser.add_argument("--held-out-path")
     parser.add_argument("--head", help="sac+logos+ava1-l14-linearMSE.pth")
+    parser.add_argument("--only", nargs="+", help="names of the rewards to run, of those that the table shows")
     options = parser.parse_args()
     generator, _ = make_generator(options)
     monitor = rewards.load(options.held_out, options.held_out_path, options.device)
-    out, rows = Path(options.out), []
+    out, rows, found = Path(options.out), [], {}
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as root, serving(Endpoint().handler()) as url:
         for name, reward in make_rewards(options, Path(root), url).items():
-            results = run(generator, reward, monitor, options)
+            if options.only and name not in options.only:
+                continue
+            results = found[name] = run(generator, reward, monitor, options)
             figure = draw_curves({m: result["history"] for m, result in results.items()}, reward=name, title=name)
             save_figure(out / f"{name.replace(', ', '-').replace(' ', '-')}.png", figure)
             for method, result in results.items():
@@ -92,6 +117,7 @@ def main() -> None:
                 held = result["held-out"] or [float("nan")]
                 rows.append(row | {"held-out, start": held[0], "held-out, last": held[-1]})
                 print(rows[-1], flush=True)
+    draw_overview(found, out / "overview.png")
     print(write_table(rows, out / "rewards", "Every kind of reward, tokens and noise"))
 
 

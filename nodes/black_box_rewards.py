@@ -1,11 +1,14 @@
-"""Rewards without weights: arithmetic on pixels, file size, and a model behind a local address."""
+"""Rewards without weights: arithmetic on pixels, file size, a model behind an address; and wrappers of rewards."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from comfy_api.latest import io
 
 from ..ipgo_engine import rewards as engine
 from ..ipgo_engine.rewards.jpeg import JpegSize
+from ..ipgo_engine.rewards.judge import TEMPLATE
 from .rewards import REWARD_CATEGORY, reward_output
 from .schema import Reward, advanced, newer
 
@@ -102,7 +105,11 @@ class IPGOJudgeReward(io.ComfyNode):
             "chat format, such as a local llama.cpp or vLLM server. Images are sent to that address and nowhere "
             "else.",
             inputs=[
-                io.String.Input("url", default="http://127.0.0.1:8080/v1", tooltip="Base address of the server."),
+                io.String.Input(
+                    "url", default="",
+                    tooltip="Base address of the server, for example http://127.0.0.1:8080/v1 for one on this machine. "
+                    "Look at it before you run somebody else's workflow: that is where the images go.",
+                ),
                 io.String.Input("model_name", default="default", tooltip="Name of the model, as the server calls it."),
                 io.Int.Input(
                     "max_calls", default=500, min=1, max=1000000,
@@ -110,18 +117,30 @@ class IPGOJudgeReward(io.ComfyNode):
                 ),
                 advanced(io.Float.Input("timeout", default=60.0, min=1.0, max=3600.0, tooltip="Seconds for one call.")),
                 advanced(io.Int.Input("concurrency", default=2, min=1, max=64, tooltip="Calls under way at once.")),
+                advanced(io.Int.Input(
+                    "retries", default=2, min=0, max=100,
+                    tooltip="Further attempts after a failure that may pass: no answer in time, busy, no score in it.",
+                )),
+                advanced(io.String.Input(
+                    "template", multiline=True, default="",
+                    tooltip="What the judge is asked, with {prompt}, {low} and {high} in it; empty is the question "
+                    "shown on the help page. The answer must hold 'Score: 7.5', a JSON score, 7/10, or a bare number.",
+                )),
             ],
             outputs=[reward_output("0 to 10, as the judge says.")],
             **newer(search_aliases=["vlm", "llm judge", "vision model score"]),
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, url: str, model_name: str, max_calls: int, timeout: float, concurrency: int) -> io.NodeOutput:
+    def execute(cls, url: str, model_name: str, template: str = "", **settings: Any) -> io.NodeOutput:
         """Nothing is called before the first image is rated."""
-        config = engine.JudgeConfig(
-            url=url, model=model_name, max_calls=max_calls, timeout=timeout, concurrency=concurrency
-        )
+        config = engine.JudgeConfig(url=url, model=model_name, template=template.strip() or TEMPLATE, **settings)
         return io.NodeOutput(engine.Judge(config))
+
+    @classmethod
+    def validate_inputs(cls, url: str) -> bool | str:
+        """An address must have been typed."""
+        return True if url.strip() else "url is empty: type the judge's address, such as http://127.0.0.1:8080/v1."
 
 
 class IPGORobustReward(io.ComfyNode):
@@ -164,4 +183,34 @@ class IPGORobustReward(io.ComfyNode):
         return io.NodeOutput(engine.Robust(reward_in, samples, crop=crop, resample=resample, noise=noise))
 
 
-NODES = [IPGOBrightnessReward, IPGOContrastReward, IPGOJpegReward, IPGOJudgeReward, IPGORobustReward]
+class IPGOOffloadReward(io.ComfyNode):
+    """A reward whose weights are on the GPU for the length of one score only."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """The reward."""
+        return io.Schema(
+            node_id="IPGOOffloadReward",
+            display_name="Offload Reward",
+            category=REWARD_CATEGORY,
+            description="For GPUs with little memory: the reward's weights rest in main memory and visit the GPU for "
+            "each score and its gradient, not for the whole run. Scores and gradients stay the same.",
+            inputs=[Reward.Input("reward_in", tooltip="A reward with weights of its own.")],
+            outputs=[reward_output("The same scores.")],
+            **newer(search_aliases=["low vram", "8 GB", "save memory"]),
+        )
+
+    @classmethod
+    def execute(cls, reward_in: engine.Reward) -> io.NodeOutput:
+        """Wrap."""
+        return io.NodeOutput(engine.Offloaded(reward_in))
+
+
+NODES = [
+    IPGOBrightnessReward,
+    IPGOContrastReward,
+    IPGOJpegReward,
+    IPGOJudgeReward,
+    IPGORobustReward,
+    IPGOOffloadReward,
+]

@@ -1,4 +1,4 @@
-"""The parser: six commands and what they share."""
+"""The parser: seven commands and what they share."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def build_parser() -> Parser:
     _add(commands, "joint", "tokens and noise in one run", _joint_options)
     _add(commands, "generate", "pictures of prompts, with learned tokens or noise", _generate_options)
     _add(commands, "score", "score pictures that exist", _score_options)
+    _add(commands, "download", "fetch the published weights of rewards, once", _download_options)
     return parser
 
 
@@ -119,6 +120,21 @@ def _score_options(parser: Any) -> None:
     _add_rewards(parser)
     _add_output(parser, resume=False)
     _add_machine(parser)
+    parser.set_defaults(run=run)
+
+
+def _download_options(parser: Any) -> None:
+    from .download import run
+
+    parser.add_argument("rewards", nargs="*", metavar="REWARD", help="names; without any, what there is to fetch")
+    parser.add_argument(
+        "--to",
+        default="models/rewards",
+        metavar="FOLDER",
+        help="the folder of all weights, such as ComfyUI's models/rewards (default: models/rewards)",
+    )
+    parser.add_argument("--yes", action="store_true", help="agree to sizes and licences without being asked")
+    parser.add_argument("--host", metavar="URL", help="a mirror with the same paths as the addresses of the table")
     parser.set_defaults(run=run)
 
 

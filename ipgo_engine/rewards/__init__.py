@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from .base import Reward
 from .combine import Weighted
-from .fetch import download
+from .fetch import download, offer
 from .judge import Judge, JudgeConfig, JudgeError
 from .loading import NAMES, load
 from .offload import Offloaded
@@ -32,4 +32,5 @@ __all__ = [
     "Weighted",
     "download",
     "load",
+    "offer",
 ]

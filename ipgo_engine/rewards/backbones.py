@@ -101,11 +101,17 @@ def load_clip(
     path = Path(path).expanduser().resolve()
     if not path.exists():
         raise InputError(f"CLIP weights: {str(path)!r} does not exist.")
-    key = (path, path.stat().st_mtime_ns, str(device or "cpu"), dtype, repr(architecture))
+    key = (path, _state(path), str(device or "cpu"), dtype, repr(architecture))
     backbone = _LOADED.get(key)
     if backbone is None:
         backbone = _LOADED[key] = _load(path, device, dtype, architecture)
     return backbone
+
+
+def _state(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Changes when a file does: the folder's own time would not tell that one was written anew."""
+    files = sorted(item for item in path.iterdir() if item.is_file()) if path.is_dir() else [path]
+    return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
 
 
 def _load(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .backbones import ClipBackbone
-from .files import fill_module, find_file, read_json, read_weights
+from .files import empty_model, fill_module, find_file, read_json, read_weights
 from .preprocess import CLIP_MEAN, CLIP_STD, Preprocessing
 from .text import Tokenize, load_clip_tokenizer
 
@@ -52,7 +52,12 @@ def build_clip(
     """The model of `config` (the content of a CLIP's config.json) with these weights, named as in transformers."""
     from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    with torch.device("meta"):
+    for tower in ("vision_config", "text_config"):
+        for name, default in (("num_attention_heads", 1), ("layer_norm_eps", 1e-5)):
+            value = config[tower].get(name, default)
+            if not isinstance(value, int | float) or value <= 0:
+                raise InputError(f"CLIP weights {what!r}: {tower} says that {name} is {value!r}.")
+    with empty_model(f"CLIP weights {what!r}"):
         if has_text(weights):
             model = CLIPModel(CLIPConfig(**config))
         else:
@@ -82,6 +87,9 @@ def _config_from_file(path: Path) -> dict[str, Any]:
     if kind == "clip_vision_model":
         return {"vision_config": raw, "text_config": {}, "projection_dim": raw.get("projection_dim", 512)}
     parts = {name: raw.get(name) or raw.get(f"{name}_dict") or {} for name in ("vision_config", "text_config")}
+    end = parts["text_config"].get("eos_token_id", 0)
+    if not isinstance(end, int) or not 0 <= end < parts["text_config"].get("vocab_size", 49408):
+        raise InputError(f"CLIP weights: {str(path)!r} says that {end!r} is the end token, which is no token.")
     return {**parts, "projection_dim": raw.get("projection_dim", 512)}
 
 

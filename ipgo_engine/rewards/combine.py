@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
 from .base import Reward
@@ -44,6 +44,12 @@ class Weighted:
     def differentiable(self) -> bool:
         """True when every part is: a partial gradient would be a biased one."""
         return all(reward.differentiable for reward, _ in self.parts)
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The weights of every part that has some, for moving them between devices; None without any."""
+        modules = [module for reward, _ in self.parts if (module := getattr(reward, "module", None)) is not None]
+        return nn.ModuleList(modules) if modules else None
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Weighted sums (B,), float32, for images (B, 3, H, W) in [0, 1]."""

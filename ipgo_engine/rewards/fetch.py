@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
-from ..errors import InputError
-from .weights import WeightFile, files_of
+from ..errors import Cancelled, InputError
+from .files import convert_to_safetensors
+from .weights import WeightFile, files_of, shown_size
 
 Report = Callable[[str], None]
 Progress = Callable[[WeightFile, int, int | None], None]
@@ -22,6 +23,7 @@ Progress = Callable[[WeightFile, int, int | None], None]
 _CHUNK = 1 << 20
 _MOST_REDIRECTS = 5
 _TIMEOUT = 60.0
+_PICKLES = (".pt", ".pth", ".bin")
 
 
 def download(
@@ -29,24 +31,49 @@ def download(
     root: str | Path,
     *,
     report: Report,
+    confirm: Callable[[], bool] | None = None,
     progress: Progress | None = None,
     host: str | None = None,
 ) -> Path:
     """Fetch the files of reward `name` below `root` and return the path to give to `rewards.load`.
 
     `report` receives, before anything is fetched, one line per file with its size and licence, and afterwards what was
-    verified. Raise from it to stop. A file that is there and verified is not fetched again. A broken transfer leaves a
-    `.part` file and the next call goes on from there; a file appears under its name only when it is whole and its
-    sha256 is right. `host` replaces the address of the table (a mirror). Raises `InputError` in one sentence.
+    verified. `confirm` is asked in between; `Cancelled` is raised, and nothing fetched, when it says False. A file that
+    is there and verified is not fetched again. A broken transfer leaves a `.part` file and the next call goes on from
+    there; a file appears under its name only when it is whole and its sha256 is right. A pickle is then converted to
+    safetensors, once, and removed. `host` replaces the address of the table (a mirror). Raises `InputError` in one
+    sentence.
     """
     files, root = files_of(name), Path(root).expanduser()
-    for item in files:
-        size = remembered(item, root).get("size") or _offered(item, host)
-        shown = f"{int(size) / 1e6:,.1f} MB" if size else "the server does not say how large"
-        report(f"{item.folder}/{item.file}: {shown}; licence: {item.licence}")
+    for line in offer(name, root, host=host):
+        report(line)
+    if confirm is not None and not confirm():
+        raise Cancelled("nothing was fetched.")
     for item in files:
         report(_fetch(item, root, progress, host))
     return root / files[0].folder
+
+
+def offer(name: str, root: str | Path, *, host: str | None = None) -> list[str]:
+    """One line per file of reward `name`, with its size and licence; the server is asked for a size nobody knows."""
+    lines, root = [], Path(root).expanduser()
+    for item in files_of(name):
+        if _present(item, root) is not None:
+            shown = "there already"
+        else:
+            size = remembered(item, root).get("size") or _offered(item, host)
+            shown = shown_size(int(size)) if size else "the server does not say how large"
+        lines.append(f"{item.folder}/{item.file}: {shown}; licence: {item.licence}")
+    return lines
+
+
+def _present(item: WeightFile, root: Path) -> Path | None:
+    """The file, or what an earlier download converted it to."""
+    path = item.path(root)
+    if path.exists():
+        return path
+    converted = path.with_suffix(".safetensors")
+    return converted if converted.exists() and "converted sha256" in remembered(item, root) else None
 
 
 def _offered(item: WeightFile, host: str | None) -> int | None:
@@ -73,17 +100,18 @@ def remembered(item: WeightFile, root: Path) -> dict[str, Any]:
 
 def verify(item: WeightFile, root: Path) -> str:
     """sha256 of the file on disk; `InputError` when it is not the one of the table or of the record."""
-    path, known = item.path(root), remembered(item, root)
+    path, known = _present(item, root) or item.path(root), remembered(item, root)
+    expected = known.get("sha256" if path == item.path(root) else "converted sha256")
     found = _sha256(path)
-    if "sha256" in known and found != known["sha256"]:
-        raise InputError(f"{str(path)!r} has sha256 {found}, expected {known['sha256']}: delete it and download again.")
+    if expected and found != expected:
+        raise InputError(f"{str(path)!r} has sha256 {found}, expected {expected}: delete it and download again.")
     return found
 
 
 def _fetch(item: WeightFile, root: Path, progress: Progress | None, host: str | None) -> str:
-    path = item.path(root)
-    if path.exists():
-        return f"{path.name}: there already, sha256 {verify(item, root)}"
+    path, present = item.path(root), _present(item, root)
+    if present is not None:
+        return f"{present.name}: there already, sha256 {verify(item, root)}"
     path.parent.mkdir(parents=True, exist_ok=True)
     part, known = path.with_name(path.name + ".part"), remembered(item, root)
     told = _transfer(item, part, known, progress, host)
@@ -92,12 +120,22 @@ def _fetch(item: WeightFile, root: Path, progress: Progress | None, host: str | 
     if expected and found != expected:
         part.unlink()
         raise InputError(f"{item.file}: the server sent a file with sha256 {found}, expected {expected}; removed.")
+    record = {"file": item.file, "revision": item.revision, "size": size, "sha256": found, "licence": item.licence}
     if not item.sha256 or not item.size:
-        record = {"file": item.file, "revision": item.revision, "size": size, "sha256": found, "licence": item.licence}
-        _record_path(item, root).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        _write_record(item, root, record)
     os.replace(part, path)
     how = "as in the table" if item.sha256 else "recorded; the table has none to compare with"
-    return f"{path.name}: {size:,} bytes, sha256 {found} ({how}); licence: {item.licence}"
+    done = f"{path.name}: {size:,} bytes, sha256 {found} ({how}); licence: {item.licence}"
+    if path.suffix not in _PICKLES or path.with_suffix(".safetensors").exists():
+        return done
+    converted = convert_to_safetensors(path)
+    _write_record(item, root, record | {"converted to": converted.name, "converted sha256": _sha256(converted)})
+    path.unlink()
+    return f"{done}; converted to {converted.name}"
+
+
+def _write_record(item: WeightFile, root: Path, record: dict[str, Any]) -> None:
+    _record_path(item, root).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 def _record_path(item: WeightFile, root: Path) -> Path:

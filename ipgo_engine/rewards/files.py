@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,17 @@ def _is_torchscript(path: Path) -> bool:
         return False
     with zipfile.ZipFile(path) as archive:
         return any(name.endswith("constants.pkl") or "/code/" in name for name in archive.namelist())
+
+
+@contextmanager
+def empty_model(what: str) -> Iterator[None]:
+    """Networks made inside have no tensors yet, see `fill_module`; settings that make none are an `InputError`."""
+    try:
+        with torch.device("meta"):
+            yield
+    except Exception as error:  # nothing is computed on this device: only the settings of a file can be at fault
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{what}: its settings make no model ({type(error).__name__}: {reason}).") from error
 
 
 def fill_module(

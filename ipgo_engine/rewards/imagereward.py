@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .files import fill_module, find_file, read_json, read_weights
+from .files import empty_model, fill_module, find_file, read_json, read_weights
 from .heads import rating_head
 from .precision import GradientScale
 from .preprocess import Preprocessing, check_inputs
@@ -95,11 +95,11 @@ def _build(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> nn.Mod
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
     try:
-        vision = BlipVisionConfig(**_vision_sizes(weights))
-        text = BlipTextConfig(**_text_sizes(weights, settings))
+        vision_sizes, text_sizes = _vision_sizes(weights), _text_sizes(weights, settings)
     except KeyError as error:
         raise InputError(f"ImageReward weights: the file lacks {error.args[0]}; it is another model.") from error
-    with torch.device("meta"):
+    with empty_model("ImageReward weights"):
+        vision, text = BlipVisionConfig(**vision_sizes), BlipTextConfig(**text_sizes)
         parts = {
             "vision": BlipVisionModel(vision),
             "text": BlipTextModel(text, add_pooling_layer=False),
@@ -124,13 +124,16 @@ def _vision_sizes(weights: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def _text_sizes(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Any]:
     words = weights["blip.text_encoder.embeddings.word_embeddings.weight"]
+    heads = settings.get("num_attention_heads", max(1, words.shape[1] // 64))
+    if not isinstance(heads, int) or heads < 1:
+        raise InputError(f"med_config.json: num_attention_heads is {heads!r}, which is no number of heads.")
     return {
         "vocab_size": words.shape[0],
         "hidden_size": words.shape[1],
         "encoder_hidden_size": weights["blip.visual_encoder.patch_embed.proj.weight"].shape[0],
         "intermediate_size": weights["blip.text_encoder.encoder.layer.0.intermediate.dense.weight"].shape[0],
         "num_hidden_layers": _count(weights, r"blip\.text_encoder\.encoder\.layer\.(\d+)\."),
-        "num_attention_heads": settings.get("num_attention_heads", max(1, words.shape[1] // 64)),
+        "num_attention_heads": heads,
         "max_position_embeddings": weights["blip.text_encoder.embeddings.position_embeddings.weight"].shape[0],
         "layer_norm_eps": settings.get("layer_norm_eps", 1e-12),
         "hidden_act": settings.get("hidden_act", "gelu"),

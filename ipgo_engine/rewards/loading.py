@@ -22,6 +22,8 @@ from .pickscore import PickScore
 from .text import CLIP_L_FOLDER
 
 Place = str | Path
+_NOT_OF_THE_FILES = (InputError, RuntimeError, MemoryError, ImportError, AssertionError)
+"""Clear already, or about memory, the device and the installation."""
 Device = str | torch.device | None
 Loader = Callable[[Place | Mapping[str, Place], Device, torch.dtype | None], Reward]
 
@@ -104,4 +106,13 @@ def load(
         raise InputError(f"reward {name!r} is unknown: use one of {', '.join(NAMES)}.")
     if path is None:
         raise InputError(f"reward {name!r} has weights: give the path of the local file or folder that holds them.")
-    return MODELS[name](path, device, dtype)
+    try:
+        return MODELS[name](path, device, dtype)
+    except _NOT_OF_THE_FILES:
+        raise
+    except Exception as error:  # the settings of a foreign file can break a library in any way
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"reward {name!r}: the files at {str(path)!r} are damaged or of another model ({type(error).__name__}: "
+            f"{reason})."
+        ) from error

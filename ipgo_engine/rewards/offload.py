@@ -18,20 +18,25 @@ class Offloaded:
 
     Score and gradient with respect to the pixels are computed in the same visit, so neither weights nor activations of
     the reward are on the device while the generator runs forward or backward. The cost is one copy of the weights to
-    the device per call (their bytes divided by the speed of the bus: 2 GB over PCIe 4.0 x16 is 0.1 to 0.2 s) and none
-    back, because frozen weights do not change. A call costs one forward and, when a gradient is wanted, one backward:
-    no more than without offloading.
+    the device per call (their bytes divided by the speed of the bus) and none back, because frozen weights do not
+    change. A call costs one forward and, when a gradient is wanted, one backward: no more than without offloading.
 
-    Needs a score that depends on its own image only, as every reward here; gradients of gradients are not available.
+    It has no attribute `module` of its own, so that a host which moves the weights of rewards leaves these where they
+    rest. Needs a score that depends on its own image only, as every reward here; gradients of gradients are not
+    available.
     """
 
-    def __init__(self, reward: Reward, device: str | torch.device) -> None:
-        """`reward` must hold its weights in an attribute `module` (every model of `rewards.load` does)."""
+    def __init__(self, reward: Reward, device: str | torch.device | None = None) -> None:
+        """`reward` must hold its weights in an attribute `module` (every model of `rewards.load` does).
+
+        `device` is where they visit; None is wherever the images of a call are.
+        """
         module = getattr(reward, "module", None)
         if not isinstance(module, nn.Module):
             raise InputError(f"reward {reward.name!r} has no weights to offload: use it as it is.")
         self.reward = reward
-        self.device = torch.device(device)
+        self.device = None if device is None else torch.device(device)
+        self._weights = module
 
     @property
     def name(self) -> str:
@@ -43,27 +48,22 @@ class Offloaded:
         """As the reward."""
         return self.reward.differentiable
 
-    @property
-    def module(self) -> nn.Module:
-        """The weights, where they rest."""
-        return self.reward.module  # pyright: ignore[reportAttributeAccessIssue]
-
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,) of the reward, with their gradient."""
         wanted = torch.is_grad_enabled() and images.requires_grad and self.differentiable
         if wanted:
             return _ScoreNow.apply(images, self, prompts)  # pyright: ignore[reportReturnType]
-        with self.visiting(), torch.no_grad():
+        with self.visiting(self.device or images.device), torch.no_grad():
             return self.reward.score(images, prompts)
 
     @contextmanager
-    def visiting(self) -> Iterator[None]:
+    def visiting(self, device: torch.device) -> Iterator[None]:
         """The weights are on the device inside, and back where they rested afterwards."""
-        tensors = [*self.module.parameters(), *self.module.buffers()]
+        tensors = [*self._weights.parameters(), *self._weights.buffers()]
         rest = [tensor.data for tensor in tensors]
         try:
             for tensor in tensors:
-                tensor.data = _on(tensor.data, self.device)
+                tensor.data = _on(tensor.data, device)
             yield
         finally:
             for tensor, resting in zip(tensors, rest, strict=True):
@@ -75,7 +75,7 @@ class _ScoreNow(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, offloaded: Offloaded, prompts: Sequence[str]) -> Tensor:
-        with offloaded.visiting(), torch.enable_grad():
+        with offloaded.visiting(offloaded.device or images.device), torch.enable_grad():
             pixels = images.detach().requires_grad_()
             scores = offloaded.reward.score(pixels, prompts)
             (gradient,) = torch.autograd.grad(scores.sum(), pixels)

@@ -61,6 +61,13 @@ class Preprocessing:
     clamp: bool = True
     """Cut what the bicubic kernel overshoots, as Pillow does; off for models evaluated by resizing float tensors."""
 
+    def __post_init__(self) -> None:
+        for values in (self.mean, self.std):
+            if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
+                raise InputError(f"preprocessing got {values!r} for the three colours: give three numbers.")
+        if min(self.std) <= 0:
+            raise InputError(f"preprocessing got the spread {self.std!r}: it must be above 0.")
+
     def __call__(self, images: Tensor) -> Tensor:
         """Normalized (B, 3, size, size), float32, for images (B, 3, H, W) of any size and shape."""
         images = into_range(images)

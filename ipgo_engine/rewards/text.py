@@ -23,12 +23,12 @@ def load_clip_tokenizer(folder: Path, length: int, *, cleaned: bool = False) -> 
     """Prompts to token ids (B, length) of CLIP's vocabulary.
 
     Longer prompts are cut and keep their end token, as every CLIP code does. The vocabulary is the folder's own, else
-    that of the folder of CLIP ViT-L/14 beside it, else the one open_clip ships. `cleaned` first repairs the text the
-    way open_clip does (HTML entities, broken encodings): its own tokenizer comes first then, where it is installed.
+    that of a folder of CLIP ViT-L/14 in it or beside it, else the one open_clip ships. `cleaned` first repairs the text
+    the way open_clip does (HTML entities, broken encodings): its own tokenizer comes first then, where it is installed.
     """
     if cleaned and (shipped := _shipped(length)) is not None:
         return shipped
-    for place in (folder, folder.parent / CLIP_L_FOLDER):
+    for place in (folder, folder / CLIP_L_FOLDER, folder.parent / CLIP_L_FOLDER):
         if any((place / name).is_file() for name in ("tokenizer.json", "vocab.json")):
             return _from_folder(place, length, cleaned)
     shipped = _shipped(length)

@@ -67,21 +67,27 @@ _CLIP_L_SHA256 = {
     "merges.txt": "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a",
     "model.safetensors": "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb",
 }
-_CLIP_L_SIZE = {"config.json": 4519, "model.safetensors": 1_710_540_580}
+_MADE_AGAIN = "the file with this sha256, made again from the vocabulary that open_clip_torch ships"
+_CLIP_L_SIZE = {
+    "vocab.json": (961_143, _MADE_AGAIN),
+    "merges.txt": (524_619, _MADE_AGAIN),
+    "model.safetensors": (1_710_540_580, "eight public manifests, with the sha256"),
+}
 _CLIP_L = tuple(
     WeightFile(
         folder="clip-vit-large-patch14",
         repository="openai/clip-vit-large-patch14",
         revision="32bd64288804d66eefd0ccbe215aa642df71cc41",
         file=name,
-        size=_CLIP_L_SIZE.get(name),
+        size=_CLIP_L_SIZE[name][0] if name in _CLIP_L_SIZE else None,
         sha256=sha256,
         licence=_CLIP_L_LICENCE,
         sources={
             "revision": _PINS,
             "sha256": "SHA256SUMS of a public container image, pinned from the same repository; model.safetensors also "
-            "in eight other public manifests, with the size",
+            "in eight other public manifests",
             "licence": "LICENSE of github.com/openai/CLIP; the model card has no licence field",
+            **({"size": _CLIP_L_SIZE[name][1]} if name in _CLIP_L_SIZE else {}),
         },
     )
     for name, sha256 in _CLIP_L_SHA256.items()
@@ -201,11 +207,16 @@ def files_of(name: str) -> tuple[WeightFile, ...]:
     return WEIGHTS[name]
 
 
+def shown_size(size: int) -> str:
+    """As people read it."""
+    return f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:,.0f} kB"
+
+
 def describe(name: str) -> str:
     """One line per file with its size and licence: what a user should see before agreeing to a download."""
     lines = []
     for item in files_of(name):
-        size = "size unknown until the server is asked" if item.size is None else f"{item.size / 1e6:,.1f} MB"
+        size = "size unknown until the server is asked" if item.size is None else shown_size(item.size)
         check = "sha256 known" if item.sha256 else "sha256 not known: recorded and shown at the first download"
         lines.append(f"{item.folder}/{item.file}: {size}; licence: {item.licence}; {check}; {item.url()}")
     return "\n".join(lines)

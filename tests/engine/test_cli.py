@@ -163,9 +163,9 @@ def test_bad_input_gives_one_line_and_leaves_nothing(clutter: Path, capfd: pytes
 
 
 def test_help_of_every_command(capsys: pytest.CaptureFixture[str]):
-    for command in ("demo", "train", "noise", "joint", "generate", "score"):
+    for command in ("demo", "train", "noise", "joint", "generate", "score", "download"):
         assert cli.main([command, "--help"]) == 0
-        assert "--out" in capsys.readouterr().out
+        assert ("--to" if command == "download" else "--out") in capsys.readouterr().out
 
 
 # -- runs -------------------------------------------------------------------------------------------------------------

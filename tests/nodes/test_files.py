@@ -81,3 +81,17 @@ def test_workflow_has_a_compact_thumbnail(path):
 def test_workflows_name_no_machine():
     for path in WORKFLOWS:
         assert not re.search(r"/(home|root|work|tmp)/", path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_every_model_file_a_workflow_names_can_be_found_by_the_missing_model_dialog(path):
+    """The page joins `properties.models` of a node to the values of its widgets by name."""
+    for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+        values = [value for value in node.get("widgets_values", []) if isinstance(value, str)]
+        files = {value for value in values if re.fullmatch(r".+\.(safetensors|ckpt|pt|pth|bin)", value)}
+        links = {link["name"]: link for link in node["properties"].get("models", [])}
+        assert set(links) == {name for name in files if node["type"] != "IPGOLoadTokens"}, node["type"]
+        for name, link in links.items():
+            assert link["directory"] == {"CheckpointLoaderSimple": "checkpoints"}[node["type"]]
+            assert link["url"].startswith("https://huggingface.co/")
+            assert link["url"].endswith(f"/{name}")

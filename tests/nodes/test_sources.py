@@ -33,7 +33,7 @@ def test_node_ids_are_the_class_names_and_ours():
     for node_id, path in node_ids().items():
         assert node_id.startswith("IPGO")
         assert f"class {node_id}(io.ComfyNode)" in path.read_text()
-    assert len(node_ids()) == 22
+    assert len(node_ids()) == 23
 
 
 def test_every_module_with_nodes_is_loaded():

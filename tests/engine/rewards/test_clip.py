@@ -131,6 +131,17 @@ def test_two_rewards_on_one_file_share_its_weights_until_both_are_gone(folder):
     assert not first.module.training
 
 
+def test_a_file_that_changed_is_read_again(tmp_path):
+    from safetensors.torch import load_file
+
+    tiny.transformers_clip(tmp_path)
+    before, file = rewards.load("clip", tmp_path), tmp_path / "model.safetensors"
+    save_file({name: tensor * 0.5 for name, tensor in load_file(file).items()}, file)
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    after = rewards.load("clip", tmp_path)
+    assert not torch.allclose(before.backbone.pixel_features(pixels), after.backbone.pixel_features(pixels))
+
+
 def test_one_file_in_transformers_layout_as_in_clip_vision(folder, tmp_path):
     from safetensors.torch import load_file
 

@@ -14,9 +14,10 @@ from .. import tiny_pipelines
 from . import tiny
 from .conftest import serving
 from .test_judge import Endpoint
+from .test_simple import documented_blocks
 
 PROMPT = "red heart"
-DIFFERENTIABLE = ("clip", "aesthetic", "sum", "robust", "offloaded")
+DIFFERENTIABLE = ("clip", "aesthetic", "sum", "robust", "offloaded", "another pack's")
 BLACK_BOXES = ("jpeg", "judge")
 
 
@@ -41,9 +42,16 @@ def kinds(tmp_path_factory) -> Iterator[dict]:
             "sum": rewards.Weighted([(clip, 1.0), (aesthetic, 0.5)], scales=[(0.0, 0.1), (5.0, 1.0)]),
             "robust": rewards.Robust(clip, samples=1),
             "offloaded": rewards.Offloaded(clip, "cpu"),
+            "another pack's": documented_reward(),
             "jpeg": rewards.load("jpeg"),
             "judge": Judge(JudgeConfig(url=url + "/v1")),
         }
+
+
+def documented_reward():
+    names: dict = {}
+    exec(documented_blocks()[0], names)
+    return names["Redness"]()
 
 
 def gradient_of(name):

@@ -47,7 +47,14 @@ def hps_of(version):
     )
 
 
+def demo_of(name):
+    return lambda root, **options: rewards.load(name, **options)
+
+
 MAKERS = {
+    "clip": lambda root, **options: rewards.load("clip", root / loading.CLIP_L_FOLDER, **options),
+    "demo-clip": demo_of("demo-clip"),
+    "demo-judge": demo_of("demo-judge"),
     "aesthetic": lambda root, **options: rewards.load("aesthetic", root / "aesthetic", **options),
     "pickscore": lambda root, **options: rewards.load("pickscore", root / "pickscore", **options),
     "imagereward": lambda root, **options: rewards.load("imagereward", root / "imagereward", **options),

@@ -97,6 +97,18 @@ def test_offloaded_scores_and_gradients_are_the_rewards_own(clip):
     assert [p.data_ptr() for p in clip.module.parameters()] == resting
     with torch.no_grad():
         assert not offloaded.score(moved, tiny.PROMPTS).requires_grad
+    torch.testing.assert_close(rewards.Offloaded(clip).score(batch(), tiny.PROMPTS), expected)  # where the images are
+    assert not hasattr(offloaded, "module")  # a host that moves the weights of rewards leaves these alone
+
+
+def test_a_sum_shows_the_weights_of_its_parts_but_not_the_offloaded_ones(clip):
+    parts = [(clip, 1.0), (rewards.load("contrast"), 1.0), (rewards.Robust(clip), 2.0)]
+    shown = {id(p) for p in rewards.Weighted(parts).module.parameters()}
+    assert shown == {id(p) for p in clip.module.parameters()}
+    assert rewards.Weighted([(rewards.load("jpeg"), 1.0), (rewards.Offloaded(clip), 1.0)]).module is None
+    both, x = rewards.Offloaded(rewards.Weighted(parts)), batch().requires_grad_()
+    both.score(x, tiny.PROMPTS).sum().backward()
+    assert x.grad.abs().sum() > 0
 
 
 def test_offloaded_weights_visit_for_the_call_only(monkeypatch):
@@ -114,12 +126,16 @@ def test_offloaded_weights_visit_for_the_call_only(monkeypatch):
             return images.mean((1, 2, 3))
 
     # a copy on the same device stands for the copy on a GPU
-    monkeypatch.setattr("ipgo_engine.rewards.offload._on", lambda tensor, device: tensor.clone())
+    visited = []
+    monkeypatch.setattr(
+        "ipgo_engine.rewards.offload._on", lambda tensor, device: visited.append(device) or tensor.clone()
+    )
     probe = Probe()
     resting = probe.module.weight.data_ptr()
     offloaded = rewards.Offloaded(probe, "cpu")
     offloaded.score(torch.rand(1, 3, 4, 4), [""])
     assert probe.seen[0] != resting
+    assert set(visited) == {torch.device("cpu")}
     assert probe.module.weight.data_ptr() == resting
     with pytest.raises(RuntimeError, match="out of memory"):
         offloaded.score(torch.rand(1, 3, 4, 4), [""])

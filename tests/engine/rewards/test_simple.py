@@ -1,6 +1,8 @@
 """Brightness, darkness, contrast, JPEG size, the weighted sum, and `load`."""
 
 import io
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,17 +128,27 @@ def test_weighted_is_differentiable_only_when_every_part_is():
     assert not rewards.Weighted([(bright, 1.0), (size, 1.0)]).differentiable
 
 
-def test_another_packs_reward_object_is_a_reward():
-    class Redness:
-        name, differentiable = "redness", True
+def documented_blocks():
+    """The Python of docs/rewards.md that tells other packs how to supply a reward."""
+    text = (Path(__file__).parents[3] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text[text.index("## Your own reward") :], re.DOTALL)
 
-        def score(self, images, prompts):
-            return (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2))
 
+def test_the_documented_reward_of_another_pack_works_everywhere():
+    names = {}
+    for block in documented_blocks():
+        exec(compile(block, "docs/rewards.md", "exec"), names)
+    (node,) = names["NODE_CLASS_MAPPINGS"].values()
+    (reward,) = node().make()
+    assert isinstance(reward, Reward)
+    assert node.RETURN_TYPES == ("IPGO_REWARD",)
     red = torch.zeros(1, 3, 4, 4)
     red[:, 0] = 1
-    assert isinstance(Redness(), Reward)
-    assert rewards.Weighted([(Redness(), 3.0)]).score(red, ["red"]).item() == 3
+    for wrapped in (reward, rewards.Weighted([(reward, 1.0)]), rewards.Robust(reward, noise=0.0)):
+        assert wrapped.score(red, ["red"]).item() == pytest.approx(1)
+    red.requires_grad_()
+    rewards.Weighted([(reward, 3.0), (rewards.load("contrast"), 0.1)]).score(red, ["red"]).sum().backward()
+    assert (red.grad[:, 0] > 0).all()
 
 
 @pytest.mark.parametrize(

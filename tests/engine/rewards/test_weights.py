@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 
 from ipgo_engine import rewards
 from ipgo_engine.errors import InputError
+from ipgo_engine.rewards import clip_open, clip_transformers, files, weights
 from ipgo_engine.rewards import fetch as fetching
-from ipgo_engine.rewards import files, weights
 from ipgo_engine.rewards.weights import WeightFile
 
+from . import tiny
 from .conftest import serving
 
 BODY = bytes(range(256)) * 5000  # more than one chunk
@@ -216,8 +217,8 @@ def test_the_table():
             assert len(entry.revision) == 40
             assert entry.sha256 is None or len(entry.sha256) == 64
             assert entry.licence
-            assert {"revision", "licence"} <= set(entry.sources)
-            assert ("sha256" in entry.sources) == (entry.sha256 is not None) or entry.repository.startswith("openai")
+            known = {key for key in ("size", "sha256") if getattr(entry, key) is not None}
+            assert set(entry.sources) == {"revision", "licence"} | known, f"{name}/{entry.file}: a value without source"
             assert entry.url().startswith("https://")
         assert "licence" in weights.describe(name)
     head = weights.WEIGHTS["aesthetic"][0]
@@ -279,6 +280,60 @@ def test_every_loader_refuses_them_the_same_way(tmp_path):
     refused(tmp_path, "would run code", lambda path: rewards.load("pickscore", path))
     (tmp_path / "config.json").write_text("{")
     refused(tmp_path, "not readable as JSON", lambda path: rewards.load("clip", path))
+
+
+JUNK = ("x", -1, None, [1, 2, 3])
+
+
+def damaged(settings, start=()):
+    """The settings with one value after the other replaced by something that does not belong there."""
+    for key, value in settings.items():
+        for junk in JUNK:
+            yield ".".join([*start, key]), {**settings, key: junk}
+        if isinstance(value, dict):
+            for name, changed in damaged(value, (*start, key)):
+                yield name, {**settings, key: changed}
+
+
+SETTINGS = ("config.json", "preprocessor_config.json", "open_clip_config.json", "med_config.json")
+
+
+@pytest.mark.parametrize("file", SETTINGS)
+def test_damaged_settings_are_one_clear_sentence_or_harmless(tmp_path, file, monkeypatch):
+    for module in (clip_transformers, clip_open):  # reading a vocabulary takes longer than all the rest
+        monkeypatch.setattr(module, "load_clip_tokenizer", lambda *_, **__: lambda prompts: torch.tensor([[1, 2, 3]]))
+    if file == "open_clip_config.json":
+        save_file(tiny.open_clip_model().state_dict(), tmp_path / "open_clip_model.safetensors")
+        mean, std = [0.5, 0.5, 0.5], [0.5, 0.5, 0.5]
+        preprocess = {"mean": mean, "std": std, "interpolation": "bicubic", "resize_mode": "shortest"}
+        (tmp_path / file).write_text(json.dumps({"model_cfg": tiny.ARCHITECTURE, "preprocess_cfg": preprocess}))
+    elif file == "med_config.json":
+        tiny.save_imagereward(tmp_path)
+    else:
+        tiny.transformers_clip(tmp_path)
+    name = "imagereward" if file == "med_config.json" else "clip"
+    sound, said, images = json.loads((tmp_path / file).read_text()), [], torch.rand(1, 3, 40, 40)
+    for where, settings in damaged(sound):
+        (tmp_path / file).write_text(json.dumps(settings))
+        try:
+            rewards.load(name, tmp_path).score(images, ["red heart"])
+        except InputError as error:
+            said.append(f"{where}: {error}")
+    assert len(said) > 5
+    assert [line for line in said if "\n" in line] == []
+
+
+def test_tensors_of_the_wrong_kind(tmp_path):
+    """What `load` says when a file has the right names and nonsense behind them."""
+    state = tiny.open_clip_model().state_dict()
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": tiny.ARCHITECTURE}))
+    for name in ("visual.conv1.weight", "visual.proj", "positional_embedding", "token_embedding.weight"):
+        for tensor in (torch.zeros(()), torch.zeros(0), torch.zeros(3, 3)):
+            save_file({**state, name: tensor}, tmp_path / "open_clip_model.safetensors")
+            refused(tmp_path, "CLIP|reward 'clip'", lambda path: rewards.load("clip", path))
+    numbers = {**state, "visual.transformer.resblocks.x.ln_1.weight": torch.zeros(2)}
+    save_file(numbers, tmp_path / "open_clip_model.safetensors")
+    refused(tmp_path, "CLIP|reward 'clip'", lambda path: rewards.load("clip", path))
 
 
 def test_conversion_is_whole_or_not_there(tmp_path):

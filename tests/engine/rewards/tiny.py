@@ -114,6 +114,18 @@ def save_clip_tokenizer(folder: Path):
     )
 
 
+def save_fast_tokenizer(folder: Path):
+    """tokenizer.json and special_tokens_map.json beside CLIP's vocabulary, as its own repository has them."""
+    from transformers import CLIPTokenizerFast
+
+    vocabulary = {name: (folder / name).read_bytes() for name in ("vocab.json", "merges.txt", "tokenizer_config.json")}
+    CLIPTokenizerFast.from_pretrained(folder).save_pretrained(folder)
+    for name, content in vocabulary.items():
+        (folder / name).write_bytes(content)
+    if not (folder / "special_tokens_map.json").is_file():
+        (folder / "special_tokens_map.json").write_text("{}")
+
+
 def transformers_clip(folder: Path, *, width=64, projection=24, image_size=32, tokenizer=True, processor=True):
     """Save a small CLIPModel the way transformers does; returns the model."""
     from transformers import CLIPConfig, CLIPModel

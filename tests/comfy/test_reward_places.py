@@ -1,0 +1,62 @@
+"""Reward weights are found in ComfyUI's folders, those of extra_model_paths.yaml included, and offloaded ones rest."""
+
+from __future__ import annotations
+
+import folder_paths
+import host
+import pytest
+import torch
+from utils.extra_config import load_extra_path_config
+
+files = host.pack("nodes.host.files")
+residence = host.pack("nodes.host.residence")
+errors = host.pack("ipgo_engine.errors")
+rewards = host.pack("ipgo_engine.rewards")
+
+
+@pytest.fixture
+def places(monkeypatch):
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
+    folder_paths.folder_names_and_paths.pop(files.REWARDS, None)
+
+
+def test_models_rewards_is_registered(places):
+    files.register_folders()
+    (folder,) = folder_paths.get_folder_paths(files.REWARDS)
+    assert files.Path(folder) == files.Path(folder_paths.models_dir) / "rewards"
+
+
+def test_extra_model_paths_are_honoured(places, tmp_path):
+    (tmp_path / "here" / "pickscore").mkdir(parents=True)
+    (tmp_path / "here" / "head-linearMSE.pth").touch()
+    (tmp_path / "here" / "notes.txt").touch()
+    (tmp_path / "extra.yaml").write_text(f"mine:\n  base_path: {tmp_path}\n  rewards: here\n")
+    load_extra_path_config(str(tmp_path / "extra.yaml"))
+    files.register_folders()
+    assert {"pickscore", "head-linearMSE.pth"} <= set(files.reward_places())
+    assert "notes.txt" not in files.reward_places()
+    assert files.reward_path("pickscore") == tmp_path / "here" / "pickscore"
+    for name in ("../here/pickscore", "missing", str(tmp_path)):
+        with pytest.raises(errors.InputError, match="put the reward model there"):
+            files.reward_path(name)
+
+
+class Weighty:
+    name, differentiable = "weighty", True
+
+    def __init__(self):
+        self.module = torch.nn.Linear(3, 1).requires_grad_(False)
+
+    def score(self, images, prompts):
+        return images.mean((1, 2, 3))
+
+
+def test_a_run_keeps_weights_at_hand_but_leaves_offloaded_ones_where_they_rest():
+    reward = Weighty()
+    for keeps in (reward, rewards.Robust(reward), rewards.Robust(rewards.Weighted([(reward, 1.0)]))):
+        assert {id(p) for module in residence._modules([keeps]) for p in module.parameters()} == {
+            id(p) for p in reward.module.parameters()
+        }
+    resting = rewards.Offloaded(reward)
+    for rests in (resting, rewards.Robust(resting), rewards.Weighted([(resting, 1.0)])):
+        assert residence._modules([rests]) == []
