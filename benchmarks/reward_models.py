@@ -204,6 +204,9 @@ def measure(name: str, path: Path, dtype: torch.dtype, device: str, size: int, r
     row["peak of both (GB)"] = round(memory.peak(), 2)
     if device.startswith("cuda"):
         row["offloaded (s)"] = _offloaded(name, path, dtype, device, images, repeats)
+    else:
+        copy = lambda: [parameter.clone() for parameter in reward.module.parameters()]  # noqa: E731
+        row["copy of the weights (s)"] = round(seconds(copy, repeats, device), 3)
     row["gradient cosine"] = _cosine(gradient.cpu(), path.parent / f"{name}.gradient.pt", dtype)
     return row
 

@@ -12,6 +12,7 @@ from ..errors import InputError
 from .backbones import ClipBackbone, cosine
 from .base import Reward
 from .clip import ClipScore
+from .precision import GradientScale
 from .preprocess import Preprocessing, check_inputs
 
 _SIZE = 128  # both image towers were trained on pictures of this size
@@ -49,8 +50,11 @@ class DemoJudge:
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,) for images (B, 3, H, W) in [0, 1]."""
         check_inputs(images, prompts)
-        weight = next(self.tower.parameters())
-        features = self.tower(self.preprocessing(images).to(weight)).float()
+        weight, pixels = next(self.tower.parameters()), self.preprocessing(images)
+        scale = GradientScale() if weight.dtype == torch.float16 and pixels.requires_grad else None
+        pixels = scale.enter(pixels) if scale else pixels
+        features = self.tower(pixels.to(weight)).float()
+        features = scale.leave(features) if scale else features
         return cosine(features.to(images.device), self.texts.text_features(prompts))
 
 

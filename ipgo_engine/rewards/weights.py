@@ -34,6 +34,8 @@ class WeightFile:
     sources: Mapping[str, str] = field(default_factory=dict)
     """For each value, where it was read."""
     host: str = HUB
+    rounded: int | None = None
+    """Bytes as listings round them, where the exact size could not be confirmed: shown, never compared with."""
 
     def __post_init__(self) -> None:
         for name in (self.folder, self.file):
@@ -144,7 +146,8 @@ _PICKSCORE = tuple(
         repository="yuvalkirstain/PickScore_v1",
         revision="a4e4367c6dfa7288a00c550414478f865b875800",
         file=name,
-        size=None,  # public listings round model.safetensors to 3.94 GB
+        size=None,
+        rounded=3_940_000_000 if name == "model.safetensors" else None,  # several public listings
         sha256=None,
         licence="not stated on the model card; MIT for the code (github.com/yuvalkirstain/PickScore)",
         sources={"revision": _PINS, "licence": "LICENSE of the code; two public surveys found no licence on the card"},
@@ -216,7 +219,9 @@ def describe(name: str) -> str:
     """One line per file with its size and licence: what a user should see before agreeing to a download."""
     lines = []
     for item in files_of(name):
-        size = "size unknown until the server is asked" if item.size is None else shown_size(item.size)
+        size = "size unknown until the server is asked"
+        if item.size or item.rounded:
+            size = shown_size(item.size) if item.size else f"about {shown_size(item.rounded or 0)}"
         check = "sha256 known" if item.sha256 else "sha256 not known: recorded and shown at the first download"
         lines.append(f"{item.folder}/{item.file}: {size}; licence: {item.licence}; {check}; {item.url()}")
     return "\n".join(lines)
