@@ -58,6 +58,7 @@ class Bench:
         self.noise = NoiseConfig(
             iterations=options.iterations,
             learning_rate=options.noise_lr,
+            backprop_steps=options.noise_backprop or None,
             which=options.which,
             monitor_every=options.iterations,
             checkpoint=False,
@@ -189,6 +190,7 @@ def main() -> None:
     parser.add_argument("--token-length", type=int, default=10, help="of prefix and of suffix")
     parser.add_argument("--token-backprop", type=int, default=1, help="K; 0 for all model steps")
     parser.add_argument("--token-lr", type=float, default=1e-3)
+    parser.add_argument("--noise-backprop", type=int, default=0)
     parser.add_argument("--noise-lr", type=float, default=1e-2)
     parser.add_argument("--free-lr", type=float, default=1e-3, help="noise learning rate without the regularizer")
     parser.add_argument("--which", default="all", choices=["initial", "all"], help="which noise is optimized")
