@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..config import NoiseConfig, OptimizeConfig
 from ..report import (
     Row,
     Tile,
@@ -185,6 +186,29 @@ def _table(records: Sequence[Mapping[str, Any]]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
+_SHOWN = ("epochs", "iterations", "learning_rate", "backprop_steps")
+
+
+def _settings(configs: Mapping[str, Any]) -> str:
+    """What was set otherwise than in the papers."""
+    papers = {"tokens": OptimizeConfig(), "noise": NoiseConfig()}
+    parts = []
+    for key, paper in papers.items():
+        if key in configs:
+            pairs = (
+                f"{name} {_show(configs[key], name)} ({_show(paper, name)})" for name in _SHOWN if hasattr(paper, name)
+            )
+            parts.append(f"{key}: {', '.join(pairs)}")
+    return (
+        f"Settings that suit a few minutes on this model, the papers' in brackets. {'; '.join(parts)}." if parts else ""
+    )
+
+
+def _show(config: Any, name: str) -> str:
+    value = getattr(config, name)
+    return "all" if value is None else f"{value:g}"
+
+
 def _page(sections: Sequence[str], record: Mapping[str, Any]) -> str:
     facts = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     ending = f"{record['seconds']:.0f} s in all on {record['device']}, {torch.get_num_threads()} threads; {facts}."
@@ -193,6 +217,7 @@ def _page(sections: Sequence[str], record: Mapping[str, Any]) -> str:
         "<h1>Reward-guided optimization on the demo model</h1>"
         "<p>IPGO learns a few tokens around the prompt; noise optimization changes the noise a picture starts from. "
         "Both follow the gradient of a reward: here, how well picture and prompt agree in the eyes of a small CLIP.</p>"
-        f"{''.join(sections)}<p>Files: scores.csv, run.json, tokens-*.safetensors, noise.safetensors, images/. "
+        f"{''.join(sections)}<p>{_settings(record['config'])}</p>"
+        "<p>Files: scores.csv, run.json, tokens-*.safetensors, noise.safetensors, images/. "
         f"{html.escape(ending)}</p></html>\n"
     )
