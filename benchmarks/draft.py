@@ -1,0 +1,180 @@
+"""DRaFT-1, the strongest baseline of the IPGO paper's Table 1: a LoRA on the UNet, gradient of the last step only.
+
+    python -m benchmarks.draft --prompts 20 --seeds 3 --epochs 50
+
+Needs peft. One LoRA per prompt and seed (the paper's prompt-wise training, rank 6, Adam, clip-norm 1), and IPGO with as
+many updates beside it: an update of either costs one sampling and one gradient through the last step. Both report the
+best update, as the paper does. On the embedded demo model unless --model says otherwise; resumable per prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import PROMPTS, EvaluationCounter, add_generator_options, cached, interval, shown, write_table
+from ipgo_engine import OptimizeConfig, demo, rewards, train_tokens
+from ipgo_engine.generators.diffusers import DiffusersGenerator
+
+FRESH = (1001, 1002, 1003)  # seeds nothing was trained on
+GAINS = ("target", "held-out", "fresh seeds")
+NAME = "draft"
+
+
+class Bench:
+    """Both methods, one prompt and one seed at a time."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        if options.model:
+            from ipgo_engine.generators.loading import load_pipeline
+
+            pipeline = load_pipeline(options.model, device=options.device)
+        else:
+            pipeline = demo.load_pipeline(device=options.device)
+        self.unet: Any = pipeline.unet
+        self.counter = EvaluationCounter(self.unet, 2 if options.guidance > 1 else 1)
+        settings = {"sampler": options.sampler, "eta": options.eta, "steps": options.steps}
+        self.generator = DiffusersGenerator(pipeline, guidance_scale=options.guidance, **settings)
+        self.target = rewards.load(options.reward, device=options.device)
+        self.held_out = rewards.load(options.held_out, device=options.device)
+
+    def run(self, prompt: str) -> dict[str, Any]:
+        """Gains of every method: lists over seeds."""
+        methods = {
+            f"DRaFT-1, lr {rate:g}": lambda seed, r=rate: self._draft(prompt, seed, r) for rate in self.options.lora_lr
+        } | {f"IPGO, lr {rate:g}": lambda seed, r=rate: self._ipgo(prompt, seed, r) for rate in self.options.token_lr}
+        found = {}
+        for name, method in methods.items():
+            self.counter.take()
+            started = time.perf_counter()
+            parts = [method(seed) for seed in range(self.options.seeds)]
+            found[name] = {key: [v for part in parts for v in part[key]] for key in GAINS}
+            found[name] |= {"seconds": time.perf_counter() - started, "evaluations": self.counter.take()}
+            found[name]["parameters"] = parts[0]["parameters"]
+        return found
+
+    def _image(self, prompt: str, noise: Tensor, tokens: Any = None, grad: bool = False) -> Tensor:
+        conditioning = self.generator.encode([prompt]).select([0] * len(noise))
+        if tokens is not None:
+            conditioning = tokens.condition(conditioning)
+        with torch.set_grad_enabled(grad):
+            # Plain autograd: recomputation would give gradients to inputs alone, not to the LoRA.
+            return self.generator.generate(conditioning, noise, backprop_steps=1, checkpoint=False)
+
+    def _ipgo(self, prompt: str, seed: int, rate: float) -> dict[str, Any]:
+        config = OptimizeConfig(epochs=self.options.epochs, seeds=(seed,), learning_rate=rate, checkpoint=False)
+        result = train_tokens(self.generator, self.target, [prompt], config)
+        tokens = result.best.to(self.generator.device)
+        before, after = self._held_out([result.start_image, result.image], prompt)
+        noise = self.generator.draw_noise(FRESH)
+        fresh = [self._score(self._image(prompt, noise, t), prompt) for t in (None, tokens)]
+        return {
+            "target": (result.rewards - result.start_rewards).tolist(),
+            "held-out": [after - before],
+            "fresh seeds": (fresh[1] - fresh[0]).tolist(),
+            "parameters": tokens.num_parameters,
+        }
+
+    def _draft(self, prompt: str, seed: int, rate: float) -> dict[str, Any]:
+        """Adam on a fresh LoRA; the best update counts."""
+        from peft import LoraConfig
+
+        noise, fresh = self.generator.draw_noise([seed]), self.generator.draw_noise(FRESH)
+        first, raw = self._image(prompt, noise), self._score(self._image(prompt, fresh), prompt)
+        torch.manual_seed(seed)  # of the LoRA's start
+        modules = ["to_q", "to_k", "to_v", "to_out.0"]
+        self.unet.add_adapter(
+            LoraConfig(r=self.options.rank, lora_alpha=self.options.rank, target_modules=modules), NAME
+        )
+        try:
+            learned = [p for p in self.unet.parameters() if p.requires_grad]
+            optimizer = torch.optim.Adam(learned, lr=rate)
+            start = self._score(first, prompt)
+            best, image = start, first
+            kept = [p.detach().clone() for p in learned]
+            for _ in range(self.options.epochs + 1):  # the last one only evaluates, as IPGO's does
+                made = self._image(prompt, noise, grad=True)
+                reward = self.target.score(made, [prompt])
+                if float(reward.detach()) > float(best):
+                    best, image = reward.detach(), made.detach()
+                    kept = [p.detach().clone() for p in learned]
+                optimizer.zero_grad()
+                torch.autograd.backward(-reward.sum())
+                torch.nn.utils.clip_grad_norm_(learned, 1.0)
+                optimizer.step()
+            with torch.no_grad():
+                for parameter, value in zip(learned, kept, strict=True):
+                    parameter.copy_(value)
+            after = self._score(self._image(prompt, fresh), prompt)
+        finally:
+            self.unet.delete_adapters(NAME)
+        judged = self._held_out([first, image], prompt)
+        return {
+            "target": (best - start).tolist(),
+            "held-out": [judged[1] - judged[0]],
+            "fresh seeds": (after - raw).tolist(),
+            "parameters": sum(p.numel() for p in learned),
+        }
+
+    @torch.no_grad()
+    def _score(self, images: Tensor, prompt: str) -> Tensor:
+        return self.target.score(images, [prompt] * len(images))
+
+    @torch.no_grad()
+    def _held_out(self, images: Sequence[Tensor], prompt: str) -> list[float]:
+        return [float(self.held_out.score(i.to(self.generator.device), [prompt])[0]) for i in images]
+
+
+def report(cells: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
+    """One row per method, intervals over prompts."""
+    rows = []
+    for method in next(iter(cells.values())):
+        done = {prompt: cell[method] for prompt, cell in cells.items() if method in cell}
+        row: dict[str, Any] = {"method": method, "parameters": next(iter(done.values()))["parameters"]}
+        for key in GAINS:
+            values = [(prompt, v) for prompt, found in done.items() for v in found[key]]
+            row[f"{key} gain"] = shown(interval([v for _, v in values], [p for p, _ in values]))
+        count = len(done) * options.seeds
+        row["evaluations"] = round(sum(found["evaluations"] for found in done.values()) / count)
+        row["seconds"] = f"{sum(found['seconds'] for found in done.values()) / count:.1f}"
+        rows.append(row)
+    what = options.model or "demo model"
+    title = f"DRaFT-1 and IPGO on the {what}: {len(cells)} prompts x {options.seeds} seeds, {options.epochs} updates"
+    return write_table(rows, options.out / "table", title)
+
+
+def main() -> None:
+    """Run what is not there yet and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_generator_options(parser)
+    parser.add_argument("--list", type=Path, default=PROMPTS, help="file of prompts, one per line")
+    parser.add_argument("--prompts", type=int, default=20, help="how many of them")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=50)
+    parser.add_argument("--rank", type=int, default=6)
+    parser.add_argument("--lora-lr", type=float, nargs="*", default=[1e-3])
+    parser.add_argument("--token-lr", type=float, nargs="*", default=[1e-3])
+    parser.add_argument("--reward", default="demo-clip")
+    parser.add_argument("--held-out", default="demo-judge")
+    parser.add_argument("--out", type=Path, default=Path("results/draft"))
+    options = parser.parse_args()
+    lines = [line for line in options.list.read_text(encoding="utf-8").splitlines() if line.strip()]
+    bench, cells = Bench(options), {}
+    rates = "_".join(f"{rate:g}" for rate in (*options.lora_lr, *options.token_lr))
+    settings = f"{options.seeds}-seeds-{options.epochs}-updates-rank-{options.rank}-rates-{rates}"
+    for prompt in lines[: options.prompts]:
+        path = options.out / settings / f"{prompt.replace(' ', '_')}.json"
+        cells[prompt] = cached(path, lambda p=prompt: bench.run(p))
+        print(prompt, {k: f"{sum(v['target']) / len(v['target']):.3f}" for k, v in cells[prompt].items()}, flush=True)
+    print(report(cells, options))
+
+
+if __name__ == "__main__":
+    main()
