@@ -22,7 +22,7 @@ from tests.engine.rewards import tiny
 from tests.engine.rewards.conftest import serving
 from tests.engine.rewards.test_judge import Endpoint
 
-BLACK_BOX = {"gradient": "hybrid-noise", "perturbations": 8}
+BLACK_BOX = {"gradient": "hybrid-noise"}
 
 
 def make_rewards(options: argparse.Namespace, root: Path, judge_url: str) -> dict[str, rewards.Reward]:
@@ -42,8 +42,9 @@ def make_rewards(options: argparse.Namespace, root: Path, judge_url: str) -> dic
 
 def run(generator: Any, reward: rewards.Reward, monitor: rewards.Reward, options: argparse.Namespace) -> dict[str, Any]:
     """Histories of both methods, and the first and the best score of each."""
-    how: dict[str, Any] = {} if reward.differentiable else BLACK_BOX
-    noise = NoiseConfig(iterations=options.iterations, **how)
+    how: dict[str, Any] = {} if reward.differentiable else {**BLACK_BOX, "perturbations": options.perturbations}
+    how |= {"backprop_steps": None, "checkpoint": False, "monitor_every": options.iterations}
+    noise = NoiseConfig(iterations=options.iterations, learning_rate=options.noise_lr, **how)
     shape = TokenConfig(basis_size=min(30, generator.dim // 2))
     tokens = OptimizeConfig(
         tokens=shape, epochs=options.iterations, learning_rate=options.token_lr, seeds=(options.seed,), **how
@@ -94,6 +95,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--iterations", type=int, default=30)
     parser.add_argument("--token-lr", type=float, default=1e-2)
+    parser.add_argument("--noise-lr", type=float, default=1e-2)
+    parser.add_argument(
+        "--perturbations", type=int, default=8, help="extra images per step for rewards without gradient"
+    )
     parser.add_argument("--reward", default="demo-clip")
     parser.add_argument("--reward-path")
     parser.add_argument("--held-out", default="demo-judge")
@@ -117,7 +122,7 @@ def main() -> None:
                 held = result["held-out"] or [float("nan")]
                 rows.append(row | {"held-out, start": held[0], "held-out, last": held[-1]})
                 print(rows[-1], flush=True)
-    draw_overview(found, out / "overview.png")
+            draw_overview(found, out / "overview.png")
     print(write_table(rows, out / "rewards", "Every kind of reward, tokens and noise"))
 
 

@@ -77,9 +77,13 @@ class Bench:
             start = self.generator.generate(conditioning, self.generator.draw_noise(seeds)).clamp(0, 1)
         before, rows = self.columns(start, prompt), []
         for way, reward in self.ways.items():
-            noise = NoiseConfig(iterations=self.options.iterations)
-            found = optimize_noise(self.generator, reward, [prompt] * len(seeds), noise, seeds=seeds)
-            ends = {"pixels": ascend_pixels(start, prompt, reward, self.options), "noise": found.image.to(start)}
+            ends = {}
+            if "pixels" in self.options.of:
+                ends["pixels"] = ascend_pixels(start, prompt, reward, self.options)
+            if "noise" in self.options.of:
+                noise = NoiseConfig(iterations=self.options.iterations)
+                found = optimize_noise(self.generator, reward, [prompt] * len(seeds), noise, seeds=seeds)
+                ends["noise"] = found.image.to(start)
             for what, images in ends.items():
                 after = self.columns(images, prompt)
                 gains = {name: (after[name] - before[name]).tolist() for name in before}
@@ -95,6 +99,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8, help="how many of the demo prompts")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=30)
+    parser.add_argument("--of", nargs="+", default=["pixels", "noise"], choices=["pixels", "noise"], help="ascent on")
     parser.add_argument("--samples", type=int, default=4, help="changed versions per evaluation")
     parser.add_argument("--reach", type=float, default=8 / 255, help="how far a pixel may move")
     parser.add_argument("--reward", default="demo-clip")
@@ -108,7 +113,7 @@ def main() -> None:
         rows += bench.run(prompt)
         print(rows[-1], flush=True)
     table = []
-    for what in ("pixels", "noise"):
+    for what in options.of:
         for way in bench.ways:
             chosen = [row for row in rows if (row["of"], row["way"]) == (what, way)]
             entry: dict[str, Any] = {"ascent on": what, "reward": way}

@@ -1,4 +1,4 @@
-"""Reward weights are found in ComfyUI's folders, those of extra_model_paths.yaml included, and offloaded ones rest."""
+"""Reward weights are found in ComfyUI's folders, those of extra_model_paths.yaml included; judge and offload nodes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ files = host.pack("nodes.host.files")
 residence = host.pack("nodes.host.residence")
 errors = host.pack("ipgo_engine.errors")
 rewards = host.pack("ipgo_engine.rewards")
+nodes = host.pack("nodes.black_box_rewards")
 
 
 @pytest.fixture
@@ -60,3 +61,29 @@ def test_a_run_keeps_weights_at_hand_but_leaves_offloaded_ones_where_they_rest()
     resting = rewards.Offloaded(reward)
     for rests in (resting, rewards.Robust(resting), rewards.Weighted([(resting, 1.0)])):
         assert residence._modules([rests]) == []
+
+
+def test_the_offload_node_lets_a_reward_rest():
+    reward = Weighty()
+    (resting,) = nodes.IPGOOffloadReward.execute(reward).args
+    assert residence._modules([resting]) == []
+    images = torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(resting.score(images, ["", ""]), reward.score(images, ["", ""]))
+    with pytest.raises(errors.InputError, match="no weights to offload"):
+        nodes.IPGOOffloadReward.execute(rewards.load("contrast"))
+
+
+def test_the_judge_has_no_address_until_one_is_typed():
+    schema = {part.id: part for part in nodes.IPGOJudgeReward.define_schema().inputs}
+    assert schema["url"].default == ""
+    assert "type the judge's address" in nodes.IPGOJudgeReward.validate_inputs(url=" ")
+    assert nodes.IPGOJudgeReward.validate_inputs(url="http://127.0.0.1:9/v1") is True
+    with pytest.raises(errors.InputError, match="judge url"):
+        nodes.IPGOJudgeReward.execute(url="", model_name="m")
+    (judge,) = nodes.IPGOJudgeReward.execute(
+        url="http://127.0.0.1:9/v1", model_name="m", max_calls=7, timeout=1.0, concurrency=1, retries=0, template=""
+    ).args
+    assert (judge.config.max_calls, judge.config.retries, judge.config.key_variable) == (7, 0, None)
+    assert "{prompt}" in judge.config.template
+    (judge,) = nodes.IPGOJudgeReward.execute(url="http://127.0.0.1:9/v1", model_name="m", template="{prompt}?").args
+    assert judge.config.template == "{prompt}?"
