@@ -146,7 +146,12 @@ def test_help_pages_and_templates_are_served(server):
     assert b"# IPGO Train Tokens" in server.bytes("/extensions/ipgo/docs/IPGOTrainTokens/en.md")
     templates = server.get("/workflow_templates")["ipgo"]
     assert len(templates) == 10
-    assert server.bytes(f"/api/workflow_templates/ipgo/{templates[0]}.json")
+    for name in templates:
+        assert server.get(f"/api/workflow_templates/ipgo/{name}.json")["nodes"]
+        assert server.bytes(f"/api/workflow_templates/ipgo/{name}.jpg")[:2] == b"\xff\xd8"
+    names = server.get("/i18n")["en"]["nodeDefs"]
+    ours = {node_id for node_id in server.info if node_id.startswith("IPGO") and "Test" not in node_id}
+    assert ours <= set(names)
 
 
 def test_training_shows_progress_and_equals_stock_nodes(server):
@@ -342,7 +347,7 @@ def test_download_shows_size_and_licence_and_fetches_nothing(server):
     report = finished(server, graph).text(str(len(graph.nodes)))
     assert "pickscore/model.safetensors" in report
     assert "licence: " in report
-    assert " MB" in report
+    assert "pickscore/vocab.json" in report  # tokenizers too
     assert "Nothing was fetched" in report
     assert not list((server.base / "models" / "rewards").rglob("*.safetensors"))
 

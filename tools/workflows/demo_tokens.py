@@ -25,8 +25,8 @@ def prompt(info: dict[str, Any], epochs: int) -> dict[str, Any]:
     training = {spec.name: spec.default for spec in inputs_of(info["IPGOTrainTokens"]) if spec.is_widget}
     training |= {
         "model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "reward": ["2", 0], "prompt": "\n".join(PROMPTS),
-        "width": 128, "height": 128, "seed": 11, "images_per_prompt": 2, "steps": 10, "cfg": 3.0, "epochs": epochs,
-        "learning_rate": 0.02, "backprop_steps": 0,
+        "width": 128, "height": 128, "seed": 11, "images_per_prompt": 1, "steps": 10, "cfg": 3.0, "epochs": epochs,
+        "learning_rate": 0.05, "backprop_steps": 0,
         "save_as": "ipgo_demo", "prompts_per_step": 4, "preview_every": 10,
     }  # fmt: skip
     return {

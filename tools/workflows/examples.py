@@ -9,8 +9,15 @@ from .graph import Link, Node, Workflow
 
 PROMPT = "dog face"
 DEMO = {"width": 128, "height": 128, "steps": 10, "cfg": 3.0}
-"""The demo model was trained on prompts of one length: twenty tokens more would draw its attention away from them."""
 SAMPLER = {"sampler_name": "euler", "scheduler": "normal"}
+
+
+CHECKPOINTS = {
+    512: "https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/"
+    "v1-5-pruned-emaonly-fp16.safetensors",
+    1024: "https://huggingface.co/stabilityai/stable-diffusion-xl-base-1.0/resolve/main/sd_xl_base_1.0.safetensors",
+}
+"""Where the page's dialog about missing models finds them, by side of the picture."""
 
 
 def demo_column(w: Workflow, monitor: bool = True) -> tuple[Node, Node, Node | None]:
@@ -399,8 +406,8 @@ def own_checkpoint(w: Workflow, family: str, side: int, what: str) -> tuple[dict
         a smaller size if in doubt.
         """
     )
-    names = {512: "v1-5-pruned-emaonly-fp16.safetensors", 1024: "sd_xl_base_1.0.safetensors"}
-    loader = w.add("CheckpointLoaderSimple", ckpt_name=names[side])
+    loader = w.add("CheckpointLoaderSimple", ckpt_name=CHECKPOINTS[side].rsplit("/", 1)[1])
+    loader.link_model(CHECKPOINTS[side], "checkpoints")
     reward = w.add("IPGOContrastReward", title="Reward that needs no download")
     w.add("IPGOPickScoreReward", title="Connect this one instead (needs weights)")
     text = prompt_node(w, "a lighthouse on a cliff at sunset, oil painting")

@@ -47,6 +47,11 @@ class Node:
                 return Link(self.id, slot, output["type"])
         raise KeyError(f"{self.data['type']} has no output {name!r}: {[o['name'] for o in self.data['outputs']]}")
 
+    def link_model(self, url: str, directory: str) -> None:
+        """Where a file that the node names can be had: the page's dialog about missing models offers it."""
+        link = {"name": url.rsplit("/", 1)[1], "url": url, "directory": directory}
+        self.data["properties"].setdefault("models", []).append(link)
+
 
 @dataclass
 class Workflow:
