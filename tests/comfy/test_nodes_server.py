@@ -347,7 +347,7 @@ def test_download_shows_size_and_licence_and_fetches_nothing(server):
     report = finished(server, graph).text(str(len(graph.nodes)))
     assert "pickscore/model.safetensors" in report
     assert "licence: " in report
-    assert "pickscore/vocab.json" in report  # tokenizers too
+    assert "pickscore/tokenizer.json" in report  # tokenizers too
     assert "Nothing was fetched" in report
     assert not list((server.base / "models" / "rewards").rglob("*.safetensors"))
 

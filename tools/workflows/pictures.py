@@ -1,6 +1,6 @@
 """Run the demo workflows and make their thumbnails: `python -m tools.workflows.pictures --server http://127.0.0.1:8188`.
 
-Workflows for a user's own checkpoint get a picture of their graph instead: see `screenshots`.
+Workflows for a user's own checkpoint get a picture of their graph instead: see `graph_pictures`.
 """
 
 from __future__ import annotations

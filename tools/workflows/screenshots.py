@@ -1,7 +1,7 @@
 """Pictures of the real page: `python -m tools.workflows.screenshots --server http://127.0.0.1:8188`.
 
-Runs the first template in headless Chromium and writes docs/comfyui-running.png and docs/comfyui-finished.png, and the
-graphs of the templates for a user's own checkpoint as their thumbnails. Needs playwright, and chromium on the PATH.
+Runs the first template in headless Chromium and writes docs/comfyui-running.png and docs/comfyui-finished.png. Needs
+playwright, and chromium on the PATH.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from .pictures import FOLDER, SHOWN, SIZE
+from .pictures import FOLDER
 
 DOCS = FOLDER.parent / "docs"
 STARTED = "() => window.app && window.app.graph && window.app.extensionManager && window.LiteGraph"
@@ -34,7 +34,6 @@ FIT = """([left, right, top, bottom]) => { const canvas = app.canvas;
   canvas.ds.scale = scale; canvas.ds.offset = [80 / scale - x, 70 / scale - y]; canvas.setDirty(true, true);
   return [80, 70, (xx - x) * scale, (yy - y) * scale]; }"""
 """Brings the nodes inside a box of the graph into view; gives their place on the page: x, y, width, height."""
-EVERYTHING = [-1e9, 1e9, -1e9, 1e9]
 HIDE = ".minimap-container, [data-testid=minimap-container], .graph-canvas-menu { display: none !important; }"
 QUEUE_EMPTY = """async () => { const q = await (await fetch('/queue')).json();
   return !q.queue_running.length && !q.queue_pending.length }"""
@@ -76,22 +75,6 @@ def save(picture: Image.Image, path: Path, largest: int = 300_000) -> None:
         picture = picture.resize((picture.width * 9 // 10, picture.height * 9 // 10), Image.Resampling.LANCZOS)
 
 
-def graphs(server: str) -> None:
-    """Thumbnails of the templates that need a checkpoint: their graphs."""
-    with page(server, 1300, 1000) as opened:
-        for path in sorted(FOLDER.glob("*.json")):
-            if path.stem in SHOWN:
-                continue
-            opened.evaluate(LOAD, path.stem)
-            opened.wait_for_timeout(1000)
-            picture = shot(opened, opened.evaluate(FIT, EVERYTHING))
-            sheet = Image.new("RGB", SIZE, "#202020")
-            picture.thumbnail(SIZE, Image.Resampling.LANCZOS)
-            sheet.paste(picture, ((SIZE[0] - picture.width) // 2, (SIZE[1] - picture.height) // 2))
-            sheet.save(path.with_suffix(".jpg"), quality=88)
-            print(path.stem)
-
-
 def documentation(server: str, template: str, step: int) -> None:
     """The first template while it runs and when it is finished."""
     with page(server, 2000, 1250) as opened:
@@ -113,13 +96,9 @@ def main() -> int:
     """Make them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", default="http://127.0.0.1:8188", help="a running ComfyUI with this pack")
-    parser.add_argument("--only", choices=["graphs", "docs"])
-    parser.add_argument("--step", type=int, default=15, help="step at which the run is photographed")
+    parser.add_argument("--step", type=int, default=6, help="step at which the run is photographed")
     arguments = parser.parse_args()
-    if arguments.only != "docs":
-        graphs(arguments.server)
-    if arguments.only != "graphs":
-        documentation(arguments.server, "1_demo_train_and_compare", arguments.step)
+    documentation(arguments.server, "1_demo_train_and_compare", arguments.step)
     return 0
 
 
