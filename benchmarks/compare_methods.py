@@ -32,6 +32,7 @@ from ipgo_engine import (
     rewards,
     train_tokens,
 )
+from ipgo_engine.noise import CHANNEL_DIM
 
 FRESH = (1001, 1002, 1003)  # seeds no method has seen
 
@@ -98,7 +99,7 @@ class Bench:
         return {
             "target": self.target.score(images, texts).tolist(),
             "held_out": self.held_out.score(images, texts).tolist(),
-            "probability": self.regularizer.measure(noise)[1].tolist(),
+            "probability": self.regularizer.measure(noise, CHANNEL_DIM)[1].tolist(),
             "thumbnails": [to_bytes(image) for image in images],
         }
 

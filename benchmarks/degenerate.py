@@ -14,6 +14,7 @@ from torch.nn.functional import avg_pool2d
 
 from benchmarks.common import cached, interval, make_generator, shown, write_table
 from ipgo_engine import NoiseRegularizer, rewards
+from ipgo_engine.noise import CHANNEL_DIM
 
 
 def smooth(z: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ def measure(options: argparse.Namespace, prompt: str, tools: list[Any]) -> dict[
         noise = change(plain).contiguous()
         images = generator.generate(conditioning, noise)
         scores = {judge.name: judge.score(images, [prompt] * len(seeds)).tolist() for judge in judges}
-        found[name] = scores | {"P(z)": regularizer.measure(noise)[1].tolist()}
+        found[name] = scores | {"P(z)": regularizer.measure(noise, CHANNEL_DIM)[1].tolist()}
     return found
 
 

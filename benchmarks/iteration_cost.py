@@ -22,6 +22,7 @@ from benchmarks.common import write_table
 from ipgo_engine import IPGOTokens, NoiseRegularizer, TokenConfig, demo
 from ipgo_engine.generators.diffusers import DiffusersGenerator
 from ipgo_engine.generators.samplers import make_scheduler
+from ipgo_engine.noise import CHANNEL_DIM
 
 
 def random_sd15(dtype: torch.dtype, device: str) -> Any:
@@ -122,13 +123,13 @@ class Steps:
     def noise_step(self, checkpoint: bool, last: int | None = None) -> None:
         """Noise with gradients through all model steps, regularizer included."""
         image = self.generator.generate(self.conditioning, self.noise, backprop_steps=last, checkpoint=checkpoint)
-        loss = image.mean() + self.regularizer.log_probability(self.noise)
+        loss = image.mean() + self.regularizer.log_probability(self.noise[0], CHANNEL_DIM - 1)
         torch.autograd.grad(loss, self.noise)
 
     def regularize(self) -> None:
         """The regularizer alone, on noise that has left the typical set a little (on typical noise it is cheaper)."""
         noise = (self.noise.detach() * 1.05).requires_grad_()
-        torch.autograd.grad(self.regularizer.log_probability(noise), noise)
+        torch.autograd.grad(self.regularizer.log_probability(noise[0], CHANNEL_DIM - 1), noise)
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .errors import InputError
 
 LOG2 = math.log(2.0)
+CHANNEL_DIM = 2  # of the noise of a generator, (B, n, C, ...)
 FEWEST_VALUES = 16  # fewer numbers than this hold no evidence for or against being Gaussian
 _ROW = 1024  # indices of an order are made as a table of this width, without a division per index
 
@@ -33,6 +34,11 @@ class NoiseRegularizer:
     as the sampler sees it. It carries half the weight of the expectation in eq. 9 (a uniform choice among 100 would
     leave it one hundredth, and its gradient would drown); eq. 8 takes the minimum, so weights do not matter there. The
     other permutations depend on `seed` and n alone. Computed in float32 whatever z is.
+
+    With `channel_dim`, one permutation more: the channels of one place lie together, k is their number, and it weighs
+    as much as all the others. An offset of whole channels is what changes a picture's colour and brightness, and with
+    the small k that a small noise needs no other order sees it: on the demo model (n = 1024) brightness turned a black
+    cat into an empty page while P(z) stayed at 0.5.
     """
 
     def __init__(self, block_size: int | None = None, permutations: int = 100, seed: int = 0) -> None:
@@ -40,17 +46,18 @@ class NoiseRegularizer:
             raise InputError(f"block_size is {block_size}, permutations is {permutations}: both must be at least 1.")
         self.block_size, self.permutations, self.seed = block_size, permutations, seed
 
-    def log_probability(self, z: Tensor) -> Tensor:
+    def log_probability(self, z: Tensor, channel_dim: int | None = None) -> Tensor:
         """R(z) of eq. 9 without mu: expectation of log p1 + log p2, at most 0, differentiable; z of any shape."""
-        return self.measure(z.reshape(1, -1))[0][0]
+        return self.measure(z[None], None if channel_dim is None else channel_dim + 1)[0][0]
 
-    def probability(self, z: Tensor) -> float:
+    def probability(self, z: Tensor, channel_dim: int | None = None) -> float:
         """P(z) of eq. 8, in [0, 1]: the smallest p1 or p2 over the permutations; z of any shape."""
-        return float(self.measure(z.detach().reshape(1, -1))[1][0])
+        return float(self.measure(z.detach()[None], None if channel_dim is None else channel_dim + 1)[1][0])
 
-    def measure(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def measure(self, z: Tensor, channel_dim: int | None = None) -> tuple[Tensor, Tensor]:
         """R(z), differentiable, and P(z) of every row of z (B, ...): two float32 tensors (B,) from one pass.
 
+        `channel_dim` (1 or more) says which dimension holds the channels, and must be followed by those of places.
         Raises `InputError` when a row has too few values for two blocks, or one that is not finite.
         """
         flat = z.flatten(1).float()
@@ -65,7 +72,12 @@ class NoiseRegularizer:
             )
         count = self.permutations if block > 1 else 1  # blocks of one value look the same in every order
         steps, starts = affine_orders(values, count - 1, self.seed)
-        return _Measure.apply(flat, block, steps.to(flat.device), starts.to(flat.device))
+        found = _Measure.apply(flat, block, steps.to(flat.device), starts.to(flat.device))
+        if channel_dim is None or channel_dim + 1 >= z.ndim or not 1 < z.shape[channel_dim] <= values // 2:
+            return found  # a single channel, or a single place: nothing to put together
+        together = z.float().movedim(channel_dim, -1).flatten(1)
+        offsets = _Measure.apply(together, z.shape[channel_dim], steps[:0], starts[:0])
+        return (found[0] + offsets[0]) / 2, torch.minimum(found[1], offsets[1])
 
 
 def affine_orders(values: int, count: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from .bayesian import BayesianProposer
 from .config import JointConfig, NoiseConfig, OptimizeConfig
 from .errors import InputError
 from .generators.base import Conditioning, Generator
-from .noise import FEWEST_VALUES, NoiseRegularizer
+from .noise import CHANNEL_DIM, FEWEST_VALUES, NoiseRegularizer
 from .tokens import IPGOTokens
 
 State = dict[str, Tensor]
@@ -185,7 +185,7 @@ class NoiseProblem:
         if not self.config.regularization and self.noise[0].numel() < FEWEST_VALUES:
             return self.noise.new_zeros(()), None
         noise = self.noise if self.config.regularization else self.noise.detach()
-        log_probability, probability = self.regularizer.measure(noise[list(rows)])
+        log_probability, probability = self.regularizer.measure(noise[list(rows)], CHANNEL_DIM)
         return -self.config.regularization * log_probability.sum(), probability
 
     def project_(self) -> None:

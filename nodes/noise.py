@@ -239,7 +239,7 @@ class IPGONoiseProbability(io.ComfyNode):
         values = latent["samples"] if noise is None else noise.generate_noise(latent)
         with torch.inference_mode(False), torch.no_grad():
             regularizer = NoiseRegularizer(or_none(block_size), permutations)
-            logs, probabilities = regularizer.measure(values.clone())
+            logs, probabilities = regularizer.measure(values.clone(), channel_dim=1)
         worst = int(probabilities.argmin())
         text = [
             f"image {i}: P(z) {float(p):.4g}, log probability {float(log):.4g}"

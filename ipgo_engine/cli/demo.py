@@ -17,7 +17,7 @@ from ..config import NoiseConfig, OptimizeConfig, TokenConfig
 from ..errors import Cancelled, InputError
 from ..formats.noise import write_noise
 from ..generators.base import Generator
-from ..noise import NoiseRegularizer
+from ..noise import CHANNEL_DIM, NoiseRegularizer
 from ..optimize import Result, RunFailedError, optimize_noise, train_tokens
 from ..report import environment, slug
 from ..rewards import Reward, load
@@ -283,7 +283,7 @@ def _trial(demo: Demo, key: str, title: str, reward: Reward, results: Sequence[R
     _score(demo, trial)
     probability = [r.probability for r in results]
     if all(p is not None for p in probability):
-        raw = NoiseRegularizer().measure(demo.generator.draw_noise([demo.seed]))[1]
+        raw = NoiseRegularizer().measure(demo.generator.draw_noise([demo.seed]), CHANNEL_DIM)[1]
         for record, value in zip(trial.records, torch.cat([p for p in probability if p is not None]), strict=True):
             record.update({"P(z) raw": float(raw[0]), "P(z)": float(value)})
     return trial

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import Cancelled
 from ..formats.noise import write_noise
 from ..loop import spread
-from ..noise import NoiseRegularizer
+from ..noise import CHANNEL_DIM, NoiseRegularizer
 from ..optimize import Result
 from ..report import before_after, draw_curves, plain_table, save_figure, save_image, slug, write_csv, write_json
 from ..tokens import IPGOTokens
@@ -170,7 +170,7 @@ def _probabilities(session: Session, outcome: Outcome, pictures: Sequence[Pictur
     start = session.generator.draw_noise([p.seed for p in pictures])
     count = 1 if config.which == "initial" else start.shape[1]
     regularizer = NoiseRegularizer(config.block_size, config.permutations, config.seed)
-    raw = regularizer.measure(start[:, :count])[1].tolist()
+    raw = regularizer.measure(start[:, :count], CHANNEL_DIM)[1].tolist()
     for picture, low, high in zip(pictures, raw, outcome.result.probability.tolist(), strict=True):
         picture.scores.update({"P(z) raw": low, "P(z)": high})
 

@@ -50,7 +50,10 @@ def download(
     if confirm is not None and not confirm():
         raise Cancelled("nothing was fetched.")
     for item in files:
-        report(_fetch(item, root, progress, host))
+        try:
+            report(_fetch(item, root, progress, host))
+        except OSError as error:
+            raise InputError(f"{item.file}: {str(root)!r} cannot be written to ({error.strerror or error}).") from error
     return root / files[0].folder
 
 
