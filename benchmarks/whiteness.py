@@ -46,13 +46,15 @@ class Album:
 
 
 def configurations(options: argparse.Namespace) -> dict[str, NoiseConfig]:
-    """The paper's two settings, and the same learning rate without the regularizer."""
-    shared: dict[str, Any] = {"iterations": options.iterations, "monitor_every": 1}
-    return {
-        "regularized, lr 0.01": NoiseConfig(**shared),
-        "free, lr 0.01": NoiseConfig(regularization=0.0, **shared),
-        "free, lr 0.001": NoiseConfig(regularization=0.0, learning_rate=1e-3, **shared),
+    """With and without the regularizer, otherwise the same."""
+    shared: dict[str, Any] = {
+        "iterations": options.iterations,
+        "learning_rate": options.learning_rate,
+        "backprop_steps": options.backprop or None,
+        "monitor_every": 1,
+        "checkpoint": False,
     }
+    return {"regularized": NoiseConfig(**shared), "not regularized": NoiseConfig(regularization=0.0, **shared)}
 
 
 def figure(albums: dict[str, Album], histories: dict[str, list[Any]], reward: str, path: Path) -> None:
@@ -90,6 +92,8 @@ def main() -> None:
     parser.add_argument("--prompts", nargs="*", default=list(PROMPTS))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--learning-rate", type=float, default=1e-2)
+    parser.add_argument("--backprop", type=int, default=0, help="K; 0 for all model steps")
     parser.add_argument("--reward", default="brightness")
     options = parser.parse_args()
     generator, _ = make_generator(options)
