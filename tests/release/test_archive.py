@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 import zipfile
 from fnmatch import fnmatch
@@ -22,6 +24,7 @@ FLAGGED = (
 )  # fmt: skip
 """Substrings that the registry's scanner or comfy-test object to."""
 LARGEST = 60_000_000
+CLI = os.environ.get("COMFY_CLI") or shutil.which("comfy")
 
 
 def ignored(name: str, patterns: list[str]) -> bool:
@@ -30,20 +33,24 @@ def ignored(name: str, patterns: list[str]) -> bool:
     return any(fnmatch(parts[0], pattern.strip("/")) for pattern in patterns)
 
 
+def published(root: Path) -> list[str]:
+    """Names of the files that are published: tracked, and not left out."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout: the archive is made of tracked files")
+    lines = (root / ".comfyignore").read_text().splitlines()
+    patterns = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    names = [name for name in listed.stdout.decode().split("\0") if name and (root / name).is_file()]
+    return [name for name in names if not ignored(name, patterns)]
+
+
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
     """The zip file."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
-    if listed.returncode:
-        pytest.skip("not a git checkout: the archive is made of tracked files")
-    lines = (ROOT / ".comfyignore").read_text().splitlines()
-    patterns = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    names = [name for name in listed.stdout.decode().split("\0") if name and (ROOT / name).is_file()]
     path = tmp_path_factory.mktemp("release") / "node.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for name in names:
-            if not ignored(name, patterns):
-                file.write(ROOT / name, name)
+        for name in published(ROOT):
+            file.write(ROOT / name, name)
     with zipfile.ZipFile(path) as file:
         yield path, {name: file.read(name) for name in file.namelist()}
 
@@ -124,3 +131,24 @@ def test_what_is_left_out_is_left_out_at_the_root_only():
     """`docs/` without a slash in front would leave out web/docs, the help pages, too."""
     lines = [line for line in (ROOT / ".comfyignore").read_text().splitlines() if line and not line.startswith("#")]
     assert all(line.startswith("/") and "/" not in line.strip("/") for line in lines)
+
+
+@pytest.mark.skipif(CLI is None, reason="no comfy-cli on the PATH (set COMFY_CLI): `comfy node validate` was not run")
+def test_comfy_cli_packs_the_same_files_and_validates_them(tmp_path):
+    """What is committed, packed by comfy-cli, unpacked, and validated as its security check sees it."""
+    clone, unpacked = tmp_path / "clone", tmp_path / "ipgo"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    assert "Created zip file" in comfy_cli(clone, "pack")
+    with zipfile.ZipFile(clone / "node.zip") as file:
+        assert sorted(file.namelist()) == sorted(published(clone))
+        file.extractall(unpacked)
+    assert "All validation checks passed" in comfy_cli(unpacked, "validate")
+
+
+def comfy_cli(folder: Path, command: str) -> str:
+    """What `comfy node` says of a folder."""
+    done = subprocess.run(
+        [str(CLI), "--skip-prompt", "node", command], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
