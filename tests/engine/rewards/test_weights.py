@@ -198,6 +198,9 @@ def test_failures_are_one_clear_sentence(table, tmp_path):
         rewards.download("clip", tmp_path, report=lambda line: None, host="http://127.0.0.1:9")
     with pytest.raises(InputError, match="no published weights: use one of clip, aesthetic"):
         rewards.download("jpeg", tmp_path, report=lambda line: None)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written to"):
+        fetch(Hub(), tmp_path / "file")
     with pytest.raises(InputError, match="not an http"):
         rewards.download("clip", tmp_path, report=lambda line: None, host="file:///etc")
 
