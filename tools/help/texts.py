@@ -133,9 +133,10 @@ Connect *positive*, *negative* and *model* to a KSampler with the same settings,
     "IPGONoiseProbability": (
         """
 Measures how likely a noise is under the Gaussian that samplers draw from. Two bounds (on the mean and on the
-covariance of blocks of values) are taken over many orders of the values; P(z) is the smallest. Fresh noise gives
-0.1 to 0.6 at 128 pixels, 0.3 to 0.8 at 512 and more at 1024; noise that was optimized without a regularizer falls below
-that by powers of ten.
+covariance of blocks of values) are taken over many orders of the values, one of which puts the channels of a place
+together, where a shift of the whole picture's colour shows; P(z) is the smallest. Fresh noise gives 0.1 to 0.6 at
+128 pixels, 0.3 to 0.8 at 512 and more at 1024; noise that was optimized without a regularizer falls below that by
+powers of ten.
 """,
         "",
     ),
@@ -178,8 +179,30 @@ optimizers estimate one from slightly changed pictures (*perturbations*), which 
     "IPGOJudgeReward": (
         """
 A vision-language model rates the picture from 0 to 10. It runs behind an address that speaks OpenAI's chat format,
-such as a llama.cpp or vLLM server on your own machine. Pictures are sent to the address you type and nowhere else.
+such as a llama.cpp or vLLM server on your own machine. Pictures are sent to the address in *url* and nowhere else:
+there is no default, redirects are not followed, and a workflow somebody else made may bring an address, so look first.
+No key is ever sent; servers that want one can be used from Python (`JudgeConfig.key_variable`).
 Every perturbation of every step is a call: *max_calls* ends the run with its best so far.
+""",
+        """
+## The question
+
+Unless *template* holds another one, the judge is asked:
+
+> You judge pictures made by an image generator. The prompt was:
+>
+> {prompt}
+>
+> Rate how well the picture shows what the prompt asks for and how good it looks, from {low} (worst) to {high} (best).
+> Use the whole range and one decimal. Answer with one line and nothing else:
+> Score: <number>
+""",
+    ),
+    "IPGOOffloadReward": (
+        """
+For GPUs with little memory. The weights of a reward usually stay on the GPU for the whole run. Behind this node they
+rest in main memory and visit the GPU for one score and its gradient at a time, so that they are gone while the image
+is made. Scores and gradients are the same; each step costs one copy of the weights to the GPU more.
 """,
         "",
     ),
