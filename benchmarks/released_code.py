@@ -71,13 +71,14 @@ def main() -> None:
         "regularizer, typical noise": lambda: bench.regularizer(1.0),
         "regularizer, noise x 1.02": lambda: bench.regularizer(1.02),
     }
-    folder = options.out / f"{options.weights}-{options.size}"
+    steps = f"{options.token_steps} steps for tokens, {options.noise_steps} for noise"
+    folder = options.out / f"{options.weights}-{options.size}-{options.token_steps}-{options.noise_steps}"
     found = {}
     for name in options.only or cells:
         found[name] = cached(folder / f"{name.replace(' ', '-')}.json", cells[name])
         print(name, json.dumps(found[name])[:300], flush=True)
     what = "the demo model" if options.weights == "demo" else f"random weights, {options.weights} layout"
-    print(report(found, folder, f"{what}, {options.size} px, float32"))
+    print(report(found, folder, f"{what}, {options.size} px, {steps}, float32"))
 
 
 if __name__ == "__main__":

@@ -31,14 +31,15 @@ class Whiteness:
 
 
 class TurnTaker:
-    """An observer that ends our iterations."""
+    """An observer that ends our iterations; the last event is an evaluation without an update and does not count."""
 
     def __init__(self, done: Callable[[], None]) -> None:
         self.done = done
 
     def on_step(self, event: Any) -> None:
         """One iteration is over."""
-        self.done()
+        if event.step < event.total:
+            self.done()
 
     def on_message(self, message: str) -> None:
         """Nothing is shown while the clock runs."""
@@ -105,7 +106,7 @@ class Comparison:
 
         def ours(preset: str, **more: Any) -> Callable[[Callable[[], None]], None]:
             shape = TokenConfig.preset(preset, basis_size=self.options.basis)
-            made = OptimizeConfig.preset(preset, tokens=shape, epochs=self.options.repeats, **more)
+            made = OptimizeConfig.preset(preset, tokens=shape, epochs=self.options.repeats + 1, **more)
             return lambda done: ignore(train_tokens(generator, self.reward, [setting.prompt], made, TurnTaker(done)))
 
         loops = {
@@ -170,7 +171,7 @@ class Comparison:
             released.run_noise(self.options.noise, setting, eta, count, regularization, released.Probe(ignore, done))
 
         def ours(**more: Any) -> Callable[[Callable[[], None]], None]:
-            made = NoiseConfig(iterations=self.options.repeats, regularization=regularization, **more)
+            made = NoiseConfig(iterations=self.options.repeats + 1, regularization=regularization, **more)
             return lambda done: ignore(optimize_noise(generator, self.reward, [setting.prompt], made, TurnTaker(done)))
 
         released.run_noise(self.options.noise, setting, eta, 1, 0.0, released.Probe(compare, lambda: None))
