@@ -87,7 +87,8 @@ def documentation(server: str, template: str, step: int) -> None:
             arg=step, polling=200,
         )  # fmt: skip
         save(shot(opened, place), DOCS / "comfyui-running.png")
-        opened.wait_for_function(QUEUE_EMPTY, polling=1000)
+        while not opened.evaluate(QUEUE_EMPTY):  # wait_for_function takes the promise for an answer
+            opened.wait_for_timeout(1000)
         opened.wait_for_timeout(4000)
         save(shot(opened, opened.evaluate(FIT, [400, 1e9, -1e9, 1e9])), DOCS / "comfyui-finished.png")
 
