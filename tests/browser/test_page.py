@@ -153,6 +153,16 @@ def set_budget(page, **values):
     )
 
 
+def wait_for_the_queue(page):
+    """Until nothing runs; `wait_for_function` would take the promise of an asynchronous function for an answer."""
+    empty = """async () => { const q = await (await fetch('/queue')).json();
+               return !q.queue_running.length && !q.queue_pending.length }"""
+    waited = 0.0
+    while not page.evaluate(empty) and waited < PATIENCE / 1000:
+        page.wait_for_timeout(500)
+        waited += 0.5
+
+
 def test_a_template_runs_to_the_end(page, server):
     pick_template(page, "3_demo_optimize_noise")
     set_budget(page, iterations=3, steps=4)
@@ -165,11 +175,7 @@ def test_a_template_runs_to_the_end(page, server):
         end += 0.5
     page.wait_for_timeout(500)
     shot(page, "running")
-    page.wait_for_function(
-        "async () => { const h = Object.values(await (await fetch('/history')).json()); "
-        "return h.length && h.every(x => x.status.completed || x.status.status_str === 'error') }",
-        polling=1000,
-    )
+    wait_for_the_queue(page)
     page.wait_for_timeout(2500)
     page.evaluate(FIT)
     page.wait_for_timeout(800)
@@ -191,11 +197,7 @@ def test_a_template_is_cancelled_on_the_page(page, server):
         page.wait_for_timeout(500)
         waited += 0.5
     press_cancel(page)
-    page.wait_for_function(
-        "async () => { const q = await (await fetch('/queue')).json(); "
-        "return !q.queue_running.length && !q.queue_pending.length }",
-        polling=500,
-    )
+    wait_for_the_queue(page)
     page.wait_for_timeout(1500)
     shot(page, "cancelled")
     assert list((server.base / "models" / "ipgo_tokens").glob("cancelled_on_the_page_*.safetensors"))
