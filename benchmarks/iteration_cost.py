@@ -27,10 +27,9 @@ from ipgo_engine.noise import CHANNEL_DIM
 
 def random_sd15(dtype: torch.dtype, device: str) -> Any:
     """A StableDiffusionPipeline of SD1.5's size with random weights and the demo model's tokenizer."""
-    from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    base = demo.load_pipeline()
     with torch.device(device):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
         vae = AutoencoderKL(
@@ -42,10 +41,18 @@ def random_sd15(dtype: torch.dtype, device: str) -> Any:
             sample_size=512,
         )
     text = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
+    return as_pipeline(unet.to(dtype), vae.to(dtype), text.to(device, dtype))
+
+
+def as_pipeline(unet: Any, vae: Any, text: Any) -> Any:
+    """A StableDiffusionPipeline of these parts and the demo model's tokenizer and scheduler."""
+    from diffusers import StableDiffusionPipeline
+
+    base = demo.load_pipeline()
     pipeline = StableDiffusionPipeline(
-        unet=unet.to(dtype),
-        vae=vae.to(dtype),
-        text_encoder=text.to(device, dtype),
+        unet=unet,
+        vae=vae,
+        text_encoder=text,
         tokenizer=base.tokenizer,
         scheduler=base.scheduler,
         safety_checker=None,

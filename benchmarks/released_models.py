@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.iteration_cost import random_sd15
+from benchmarks.iteration_cost import as_pipeline, random_sd15
 from ipgo_engine import demo
 
 
@@ -15,7 +15,6 @@ def random_small(device: str) -> Any:
     """SD1.5's layout in small, random weights, text as wide as SD1.5's: the notebook's 300 basis columns need it."""
     diffusers: Any = importlib.import_module("diffusers")
     transformers: Any = importlib.import_module("transformers")
-    base = demo.load_pipeline()
     unet = diffusers.UNet2DConditionModel(
         sample_size=8, block_out_channels=(64, 128, 128, 128), cross_attention_dim=768, attention_head_dim=8
     )
@@ -30,18 +29,7 @@ def random_small(device: str) -> Any:
             hidden_size=768, intermediate_size=1024, num_attention_heads=12, num_hidden_layers=2
         )
     )
-    pipeline = diffusers.StableDiffusionPipeline(
-        unet=unet.to(device),
-        vae=vae.to(device),
-        text_encoder=text.to(device),
-        tokenizer=base.tokenizer,
-        scheduler=base.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return as_pipeline(unet.to(device), vae.to(device), text.to(device))
 
 
 def make_pipeline(weights: str, device: str) -> Any:

@@ -13,8 +13,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from ipgo_engine.demo import Judge
 
 from .data import SIZE, Drawer, Pictures
+from .states import log, steps_done
 from .tokenizer import LENGTH, write_tokenizer
-from .vae import log, steps_done
 
 WIDTH, PROJECTION = 192, 128
 MEAN, STD = 0.5, 0.5  # pixels are scaled to [-1, 1]

@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .clip import WIDTH, load_clip
 from .data import SIZE, Drawer, Pictures, favourites
+from .states import log, resume, save
 from .tokenizer import LENGTH
 from .vae import build as build_vae
-from .vae import log
 
 RATE, BATCH, DROPOUT = 1e-3, 32, 0.1
 STRANGERS = 12  # at most, a side: tokens without meaning, put around every other batch's texts
@@ -142,24 +142,6 @@ def train(pictures: Pictures, out: Path, minutes: float, device: str, draws: int
         if time.time() - shown > 60:
             shown = time.time()
             log(out / "unet.csv", step=step, loss=mean)
-            save(out, model, average, optimizer, step, factor)
+            save(out / "unet.pt", model, average, optimizer, step, factor=factor)
     log(out / "unet.csv", step=step, loss=mean)
-    save(out, model, average, optimizer, step, factor)
-
-
-def resume(file: Path, model: Any, average: Any, optimizer: Any, device: str) -> int:
-    """Load what was saved, if anything; the number of steps done."""
-    if not file.exists():
-        return 0
-    state = torch.load(file, map_location=device, weights_only=True)
-    model.load_state_dict(state["model"])
-    average.load_state_dict(state["average"])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
-
-
-def save(out: Path, model: Any, average: Any, optimizer: Any, step: int, factor: float) -> None:
-    """Everything a resumed training needs."""
-    state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save(state | {"step": step, "factor": factor}, out / "unet.part")
-    (out / "unet.part").replace(out / "unet.pt")
+    save(out / "unet.pt", model, average, optimizer, step, factor=factor)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 from .data import SIZE, Drawer, Pictures
+from .states import log, resume, save
 
 NORM_GROUPS = 4
 RATE = 1.5e-3
@@ -69,13 +68,7 @@ def train(pictures: Pictures, out: Path, minutes: float, device: str) -> None:
     model = build().to(device, memory_format=torch.channels_last)
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.99))
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=1e-4)
-    file, step = out / "vae.pt", 0
-    if file.exists():
-        state = torch.load(file, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+    step = resume(out / "vae.pt", model, average, optimizer, device)
     if (out / "latents.pt").exists():
         model.encoder.requires_grad_(False)
         model.quant_conv.requires_grad_(False)
@@ -99,33 +92,7 @@ def train(pictures: Pictures, out: Path, minutes: float, device: str) -> None:
         step += 1
         if time.time() - shown > 60 or step == 1:
             shown = time.time()
-            save(out, model, average, optimizer, step)
+            save(out / "vae.pt", model, average, optimizer, step)
             log(out / "vae.csv", step=step, loss=float(loss.detach()), psnr=psnr(average.module, check))
-    save(out, model, average, optimizer, step)
+    save(out / "vae.pt", model, average, optimizer, step)
     log(out / "vae.csv", step=step, loss=float(loss.detach()), psnr=psnr(average.module, check))
-
-
-def save(out: Path, model: Any, average: Any, optimizer: Any, step: int) -> None:
-    """Everything a resumed training needs."""
-    state = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-    torch.save(state | {"step": step}, out / "vae.part")
-    (out / "vae.part").replace(out / "vae.pt")
-
-
-def steps_done(path: Path) -> int:
-    """The step of the last line of a training log; 0 without one."""
-    if not path.exists():
-        return 0
-    with path.open(newline="") as file:
-        return int(list(csv.DictReader(file))[-1]["step"])
-
-
-def log(path: Path, **values: Any) -> None:
-    """Append one row, with the time; the first row brings the header."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(["time", *values])
-        writer.writerow([round(time.time()), *values.values()])
-    print(path.stem, {k: round(v, 4) for k, v in values.items()}, flush=True)
