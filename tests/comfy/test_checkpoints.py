@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
-from pathlib import Path
 
 import checkpoints
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from comfyui_server import ROOT, Server, workflow_tools
 
 pytestmark = pytest.mark.slow

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from comfyui_server import Graph, Server
 
 SMALL = {"steps": 3, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"}

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from comfyui_server import ROOT, Server, workflow_tools
 
 FILES = sorted((ROOT / "workflows").glob("*.json"))
