@@ -17,7 +17,8 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,15 @@ from benchmarks.degenerate import degenerate_table
 from ipgo_engine import NoiseConfig, OptimizeConfig, optimize_noise, rewards, train_tokens
 
 FRESH = (1001, 1002, 1003)  # seeds nothing was trained on
-GAINS = ("target", "held-out", "fresh seeds", "unseen prompts")
+CATEGORIES = Path(__file__).parent / "demo_categories.txt"
+GAINS = ("target", "held-out", "fresh seeds", "unseen prompts", "unseen categories")
 
 
 class Runner:
     """Runs one entry on one unit: a prompt, or a group of prompts that share tokens."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self._generators, self._rewards = options, {}, {}
+        self.options, self._generators, self._rewards, self._raw = options, {}, {}, {}
         self.seeds = tuple(range(options.seeds))
 
     def generator(self, entry: Entry) -> tuple[Any, Any]:
@@ -54,8 +56,9 @@ class Runner:
             self._rewards[name] = rewards.load(name, device=self.options.device)
         return self._rewards[name]
 
-    def run(self, entry: Entry, prompts: Sequence[str], unseen: Sequence[str]) -> dict[str, Any]:
+    def run(self, entry: Entry, unit: Unit) -> dict[str, Any]:
         """Gains per image, P(z), cost; tokens of one prompt and one seed are learned anew for every seed."""
+        prompts = unit.prompts
         generator, counter = self.generator(entry)
         target = self.reward(entry.reward or self.options.reward)
         counter.take()
@@ -73,8 +76,9 @@ class Runner:
         found = {"seconds": (time.perf_counter() - started) / images, "evaluations": counter.take() / images}
         found |= self._gains(results, generator.device)
         if isinstance(entry.config, OptimizeConfig):
-            for name, texts in (("fresh seeds", prompts), ("unseen prompts", unseen)):
-                found[name] = [gain for r in results for gain in self._transfer(generator, target, r.best, texts)]
+            tests = {"fresh seeds": prompts, "unseen prompts": unit.unseen, "unseen categories": unit.elsewhere}
+            for name, texts in tests.items():
+                found[name] = [gain for r in results for gain in self._transfer(entry, generator, r.best, texts)]
         return found
 
     @torch.no_grad()
@@ -93,35 +97,65 @@ class Runner:
         return found
 
     @torch.no_grad()
-    def _transfer(self, generator: Any, target: Any, tokens: Any, prompts: Sequence[str]) -> list[float]:
+    def _transfer(self, entry: Entry, generator: Any, tokens: Any, prompts: Sequence[str]) -> list[float]:
         """Gains on fresh seeds."""
+        target, tokens = self.reward(entry.reward or self.options.reward), tokens.to(generator.device)
         gains = []
-        tokens = tokens.to(generator.device)
-        noise = generator.draw_noise(FRESH)
         for prompt in prompts:
-            raw = generator.encode([prompt]).select([0] * len(FRESH))
-            texts = [prompt] * len(FRESH)
-            after, before = (target.score(generator.generate(c, noise), texts) for c in (tokens.condition(raw), raw))
-            gains += (after - before).tolist()
+            key = (json.dumps(entry.generator), target.name, prompt)  # the raw pictures are the same for all tokens
+            if key not in self._raw:
+                self._raw[key] = self._fresh(generator, target, prompt)
+            gains += (self._fresh(generator, target, prompt, tokens) - self._raw[key]).tolist()
         return gains
 
+    def _fresh(self, generator: Any, target: Any, prompt: str, tokens: Any = None) -> Any:
+        """Scores of the fresh seeds."""
+        conditioning = generator.encode([prompt]).select([0] * len(FRESH))
+        images = generator.generate(
+            tokens.condition(conditioning) if tokens else conditioning, generator.draw_noise(FRESH)
+        )
+        return target.score(images, [prompt] * len(FRESH))
 
-def units(entry: Entry, prompts: Sequence[str]) -> list[tuple[list[str], list[str]]]:
-    """(prompts trained on, prompts of the transfer test): one per prompt, or per whole group."""
+
+@dataclass(frozen=True)
+class Unit:
+    """Prompts trained on together, and prompts of the transfer test."""
+
+    prompts: list[str]
+    unseen: list[str] = field(default_factory=list)  # of the same category where there are categories
+    elsewhere: list[str] = field(default_factory=list)  # of other categories
+
+
+def units(entry: Entry, prompts: Sequence[str], categories: Sequence[list[str]]) -> list[Unit]:
+    """One per prompt, or per whole group."""
     if entry.batch == 1:
-        return [([prompt], []) for prompt in prompts]
-    starts = range(0, len(prompts) - entry.batch + 1, entry.batch)
-    groups = [list(prompts[start : start + entry.batch]) for start in starts]
-    return [(group, [p for p in prompts if p not in group][:10]) for group in groups]
+        return [Unit([prompt]) for prompt in prompts if entry.words in (None, len(prompt.split()))]
+    if entry.among == "list":
+        return [Unit(group, [p for p in prompts if p not in group][:10]) for group in groups(prompts, entry.batch)]
+    if entry.among == "category":
+        own = [(c, group) for c in categories for group in groups(c, entry.batch)]
+    else:  # as many groups, taken across the categories
+        dealt = [prompt for row in zip(*categories, strict=True) for prompt in row]
+        own = [(dealt, group) for group in groups(dealt, entry.batch)]
+    everything = [prompt for c in categories for prompt in c]
+    return [
+        Unit(group, [p for p in near if p not in group][:4], [p for p in everything if p not in near][:8])
+        for near, group in own
+    ]
 
 
-def cell(out: Path, entry: Entry, options: argparse.Namespace, group: Sequence[str], unseen: Sequence[str]) -> Path:
+def groups(prompts: Sequence[str], size: int) -> list[list[str]]:
+    """The whole groups of that size."""
+    return [list(prompts[i : i + size]) for i in range(0, len(prompts) - size + 1, size)]
+
+
+def cell(out: Path, entry: Entry, options: argparse.Namespace, unit: Unit) -> Path:
     """The file of one (settings, unit): everything that determines the result is in its name."""
     shared = {k: getattr(options, k) for k in ("model", "steps", "guidance", "sampler", "eta", "held_out", "seeds")}
     kind = type(entry.config).__name__
-    what = [kind, asdict(entry.config), shared | entry.generator, entry.reward or options.reward, unseen]
+    what = [kind, asdict(entry.config), shared | entry.generator, entry.reward or options.reward, unit.unseen]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
-    name = "-".join("".join(c if c.isalnum() else "_" for c in prompt) for prompt in group)[:80]
+    name = "-".join("".join(c if c.isalnum() else "_" for c in prompt) for prompt in unit.prompts)[:80]
     return out / "cells" / digest / f"{name}.json"
 
 
@@ -142,11 +176,11 @@ def table_row(entry: Entry, done: dict[str, dict[str, Any]], reference: dict[str
     return row
 
 
-def report(name: str, entries: list[Entry], prompts: Sequence[str], options: argparse.Namespace) -> str:
+def report(name: str, jobs: Sequence[tuple[Entry, Sequence[Unit]]], options: argparse.Namespace) -> str:
     """Table and figure of one question, of the cells that are there."""
     found: list[tuple[Entry, dict[str, dict[str, Any]]]] = []
-    for entry in entries:
-        files = {" / ".join(g): cell(options.out, entry, options, g, unseen) for g, unseen in units(entry, prompts)}
+    for entry, members in jobs:
+        files = {" / ".join(unit.prompts): cell(options.out, entry, options, unit) for unit in members}
         done = {unit: json.loads(file.read_text()) for unit, file in files.items() if file.exists()}
         if done:
             found.append((entry, done))
@@ -156,7 +190,7 @@ def report(name: str, entries: list[Entry], prompts: Sequence[str], options: arg
     draw(name, found, options.out / f"{name}.png")
     what = options.model or "demo model"
     title = (
-        f"{name}: {entries[0].reward or options.reward} on the {what}, {options.seeds} seeds, {options.epochs} updates"
+        f"{name}: {jobs[0][0].reward or options.reward} on the {what}, {options.seeds} seeds, {options.epochs} updates"
     )
     return write_table(rows, options.out / name, title)
 
@@ -182,13 +216,17 @@ def main() -> None:
     """Run the shard's cells, then report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_generator_options(parser)
-    names = list(questions(Budget(1, 1e-3, 1)))
+    names = list(questions(Budget(1, 1e-3, 1e-2, None, None, 1)))
     parser.add_argument("--question", nargs="*", choices=[*names, "degenerate"], default=[*names, "degenerate"])
     parser.add_argument("--list", type=Path, default=PROMPTS, help="file of prompts, one per line")
     parser.add_argument("--prompts", type=int, default=20, help="how many of them")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=50, help="updates of tokens and of noise alike")
     parser.add_argument("--token-lr", type=float, default=1e-3)
+    parser.add_argument("--noise-lr", type=float, default=1e-2)
+    parser.add_argument("--token-backprop", type=int, default=1, help="K; 0 for all model steps")
+    parser.add_argument("--noise-backprop", type=int, default=0, help="K; 0 for all model steps")
+    parser.add_argument("--categories", type=Path, default=CATEGORIES, help="lines `name: prompt, prompt, ...`")
     parser.add_argument("--released-basis", type=int, default=15, help="N of the released-code preset (30 on SD1.5)")
     parser.add_argument("--reward", default="demo-clip")
     parser.add_argument("--held-out", default="demo-judge")
@@ -198,21 +236,32 @@ def main() -> None:
     options = parser.parse_args()
     lines = [line for line in options.list.read_text(encoding="utf-8").splitlines() if line.strip()]
     prompts = lines[: options.prompts]
-    budget = Budget(options.epochs, options.token_lr, options.released_basis)
-    table, runner = questions(budget), Runner(options)
+    categories = read_categories(options.categories)
     index, count = (int(part) for part in options.shard.split("/"))
+    table, runner = questions(budget_of(options)), Runner(options)
     for name in options.question:
         if name == "degenerate":
             print(degenerate_table(options, prompts, options.out))
             continue
+        jobs = [(entry, units(entry, prompts, categories)) for entry in table[name]]
         # Unit by unit, not setting by setting: an interrupted run leaves comparable rows.
-        jobs = [(i, entry, unit) for entry in table[name] for i, unit in enumerate(units(entry, prompts))]
-        for i, entry, (group, unseen) in sorted(jobs, key=lambda job: job[0]):
-            if i % count == index and not options.report:
-                path = cell(options.out, entry, options, group, unseen)
-                cached(path, lambda e=entry, g=group, u=unseen: runner.run(e, g, u))
-                print(f"{name}: {entry.label}: {', '.join(group)}", flush=True)
-        print(report(name, table[name], prompts, options), flush=True)
+        for i, row in enumerate(zip_longest(*(members for _, members in jobs))):
+            for (entry, _), unit in zip(jobs, row, strict=True):
+                if unit and i % count == index and not options.report:
+                    cached(cell(options.out, entry, options, unit), lambda e=entry, u=unit: runner.run(e, u))
+                    print(f"{name}: {entry.label}: {', '.join(unit.prompts)}", flush=True)
+        print(report(name, jobs, options), flush=True)
+
+
+def budget_of(options: argparse.Namespace) -> Budget:
+    """What the command line sets; 0 model steps mean all of them."""
+    steps = (options.token_backprop or None, options.noise_backprop or None)
+    return Budget(options.epochs, options.token_lr, options.noise_lr, *steps, options.released_basis)
+
+
+def read_categories(path: Path) -> list[list[str]]:
+    """Lines `name: prompt, prompt, ...`; as many prompts in every category."""
+    return [[p.strip() for p in line.partition(":")[2].split(",")] for line in path.read_text().splitlines() if line]
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ class Entry:
     generator: dict[str, Any] = field(default_factory=dict)  # sampler settings that differ from the command line's
     reward: str | None = None  # another target than the command line's
     batch: int = 1  # prompts that share one set of tokens
+    among: str = "list"  # whom they share them with: "list" as they come, "category" its own, "mixed" one of each
+    words: int | None = None  # only prompts of that many words
 
 
 @dataclass(frozen=True)
@@ -25,19 +27,29 @@ class Budget:
     """What the command line sets for every entry."""
 
     epochs: int
-    learning_rate: float
+    token_rate: float
+    noise_rate: float
+    token_backprop: int | None
+    noise_backprop: int | None
     basis: int  # N of the released-code preset, whose basis has N x M columns
 
 
 def tokens(budget: Budget, shape: dict[str, Any] | None = None, **changes: Any) -> OptimizeConfig:
     """The paper's settings but for the budget and the changes."""
-    base = OptimizeConfig(epochs=budget.epochs, checkpoint=False, learning_rate=budget.learning_rate)
+    base = OptimizeConfig(epochs=budget.epochs, checkpoint=False, learning_rate=budget.token_rate)
+    base = replace(base, backprop_steps=budget.token_backprop)
     return replace(base, tokens=TokenConfig(**(shape or {})), **changes)
 
 
 def noise(budget: Budget, **changes: Any) -> NoiseConfig:
     """The paper's settings but for the budget and the changes."""
-    return NoiseConfig(**({"iterations": budget.epochs, "checkpoint": False} | changes))
+    base = NoiseConfig(iterations=budget.epochs, checkpoint=False, learning_rate=budget.noise_rate)
+    return replace(base, backprop_steps=budget.noise_backprop, **changes)
+
+
+def scaled(rate: float, *factors: float) -> list[float]:
+    """The rate itself, then its multiples."""
+    return [rate, *(float(f"{rate * factor:.3g}") for factor in factors)]
 
 
 def token_questions(b: Budget) -> dict[str, list[Entry]]:
@@ -46,6 +58,7 @@ def token_questions(b: Budget) -> dict[str, list[Entry]]:
     sizes, lengths = (5, 10, 20, 30, 40), (0, 5, 10)
     released = TokenConfig.preset("released-code", basis_size=b.basis)
     notebook = OptimizeConfig.preset("released-code", tokens=released, epochs=b.epochs, checkpoint=False)
+    notebook = replace(notebook, learning_rate=b.token_rate, backprop_steps=b.token_backprop)
     pairs = [(p, s) for p in reversed(lengths) for s in reversed(lengths) if p + s]
     shared = replace(tokens(b), decay=1.0)
     return {
@@ -60,20 +73,24 @@ def token_questions(b: Budget) -> dict[str, list[Entry]]:
         "basis": [Entry(f"N = {n}", tokens(b, {"basis_size": n})) for n in sorted(sizes, key=lambda n: n != 30)],
         "lengths": [Entry(f"{p} + {s}", tokens(b, {"prefix_length": p, "suffix_length": s})) for p, s in pairs],
         "scale": [Entry(f"tokens x {s:g}", tokens(b, {"scale": s})) for s in (1.0, 3.0, 10.0)],
-        "backprop": [Entry(f"K = {k or 'all'}", tokens(b, backprop_steps=k)) for k in (1, 2, 4, None)],
-        "rate": [Entry(f"lr {r:g}", tokens(b, learning_rate=r)) for r in (1e-3, 3e-3, 1e-2, 3e-2)],
-        "preset": [Entry("paper", tokens(b)), Entry("released-code", replace(notebook, learning_rate=b.learning_rate))],
+        "one-word": [
+            Entry(f"{n} + {n}", tokens(b, {"prefix_length": n, "suffix_length": n}), words=1) for n in (10, 5, 20, 40)
+        ],
+        "backprop": [Entry(f"K = {k or 'all'}", tokens(b, backprop_steps=k)) for k in (None, 1, 2, 4)],
+        "rate": [Entry(f"lr {r:g}", tokens(b, learning_rate=r)) for r in scaled(b.token_rate, 0.05, 0.3, 3)],
+        "preset": [Entry("paper", tokens(b)), Entry("released-code", notebook)],
         "seeds": [
             Entry("one seed each", tokens(b)),
             Entry("four seeds share tokens", tokens(b, seeds=(0, 1, 2, 3))),
         ],
         "batch": [Entry(f"B = {n}", shared, batch=n) for n in (4, 10)],
+        "category": [Entry(f"B = 4, {among}", shared, batch=4, among=among) for among in ("category", "mixed")],
     }
 
 
 def noise_questions(b: Budget) -> dict[str, list[Entry]]:
     """The noise paper, sections 3 to 5."""
-    rates, scales = (1e-2, 1e-3, 5e-2), (1.0, 0.1, 0.3, 3.0, 10.0)
+    rates, scales = scaled(b.noise_rate, 0.1, 0.3, 3), (1.0, 0.1, 0.3, 3.0, 10.0)
     kinds = ("hybrid-noise", "hybrid-image", "zeroth-order")
     both = [(r, mu) for r in rates for mu in (1.0, 0.0)]
     return {

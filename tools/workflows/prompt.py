@@ -54,7 +54,10 @@ def _node_problems(node: dict[str, Any], info: dict[str, Any]) -> list[str]:
     specs = inputs_of(info)
     values = list(node["widgets_values"])
     connected = {entry["name"] for entry in node["inputs"] if entry["link"] is not None}
-    if [output["name"] for output in node["outputs"]] != [name for name, _ in outputs_of(info)]:
+    names = [name for name, _ in outputs_of(info)]
+    # Newer releases of ComfyUI let display nodes pass their input on: an older one lacks an output nothing hangs on.
+    surplus = node["outputs"][len(names) :]
+    if [output["name"] for output in node["outputs"][: len(names)]] != names or any(o["links"] for o in surplus):
         found.append("outputs have changed")
     for spec in specs:
         if not spec.is_widget:
