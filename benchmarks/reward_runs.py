@@ -118,9 +118,10 @@ def main() -> None:
             figure = draw_curves({m: result["history"] for m, result in results.items()}, reward=name, title=name)
             save_figure(out / f"{name.replace(', ', '-').replace(' ', '-')}.png", figure)
             for method, result in results.items():
-                row = {"reward": name, "method": method, "start": result["start"], "best": result["best"]}
                 held = result["held-out"] or [float("nan")]
-                rows.append(row | {"held-out, start": held[0], "held-out, last": held[-1]})
+                scores = {"start": result["start"], "best": result["best"]}
+                scores |= {"held-out, start": held[0], "held-out, last": held[-1]}
+                rows.append({"reward": name, "method": method} | {key: f"{v:.3f}" for key, v in scores.items()})
                 print(rows[-1], flush=True)
             draw_overview(found, out / "overview.png")
     print(write_table(rows, out / "rewards", "Every kind of reward, tokens and noise"))
