@@ -20,8 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import PROMPTS, EvaluationCounter, add_generator_options, cached, interval, shown, write_table
-from ipgo_engine import OptimizeConfig, demo, rewards, train_tokens
+from benchmarks.common import (
+    PROMPTS,
+    EvaluationCounter,
+    add_generator_options,
+    cached,
+    interval,
+    make_pipeline,
+    shown,
+    write_table,
+)
+from ipgo_engine import OptimizeConfig, rewards, train_tokens
 from ipgo_engine.generators.base import Conditioning
 from ipgo_engine.generators.denoiser import Guidance, call
 from ipgo_engine.generators.diffusers import DiffusersGenerator
@@ -79,12 +88,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        if options.model:
-            from ipgo_engine.generators.loading import load_pipeline
-
-            self.pipeline = load_pipeline(options.model, device=options.device)
-        else:
-            self.pipeline = demo.load_pipeline(device=options.device)
+        self.pipeline = make_pipeline(options)
         self.counter = EvaluationCounter(self.pipeline.unet, 2 if options.guidance > 1 else 1)
         self.target = rewards.load(options.reward, device=options.device)
         self.held_out = rewards.load(options.held_out, device=options.device)

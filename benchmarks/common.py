@@ -51,6 +51,15 @@ def add_generator_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
+def make_pipeline(options: argparse.Namespace) -> Any:
+    """The pipeline of --model, or the demo model's."""
+    if not options.model:
+        return demo.load_pipeline(device=options.device)
+    from ipgo_engine.generators.loading import load_pipeline
+
+    return load_pipeline(options.model, device=options.device)
+
+
 def make_generator(options: argparse.Namespace, **changes: Any) -> tuple[DiffusersGenerator, EvaluationCounter]:
     """The generator of the command line's options, and a counter on its UNet."""
     settings: dict[str, Any] = {
@@ -59,12 +68,7 @@ def make_generator(options: argparse.Namespace, **changes: Any) -> tuple[Diffuse
         "steps": options.steps,
         "guidance_scale": options.guidance,
     } | changes
-    if options.model:
-        from ipgo_engine.generators.loading import load_pipeline
-
-        pipeline = load_pipeline(options.model, device=options.device)
-    else:
-        pipeline = demo.load_pipeline(device=options.device)
+    pipeline = make_pipeline(options)
     counter = EvaluationCounter(pipeline.unet, 2 if settings["guidance_scale"] > 1 else 1)
     return DiffusersGenerator(pipeline, **settings), counter
 

@@ -18,8 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import PROMPTS, EvaluationCounter, add_generator_options, cached, interval, shown, write_table
-from ipgo_engine import OptimizeConfig, demo, rewards, train_tokens
+from benchmarks.common import (
+    PROMPTS,
+    EvaluationCounter,
+    add_generator_options,
+    cached,
+    interval,
+    make_pipeline,
+    shown,
+    write_table,
+)
+from ipgo_engine import OptimizeConfig, rewards, train_tokens
 from ipgo_engine.generators.diffusers import DiffusersGenerator
 
 FRESH = (1001, 1002, 1003)  # seeds nothing was trained on
@@ -32,12 +41,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        if options.model:
-            from ipgo_engine.generators.loading import load_pipeline
-
-            pipeline = load_pipeline(options.model, device=options.device)
-        else:
-            pipeline = demo.load_pipeline(device=options.device)
+        pipeline = make_pipeline(options)
         self.unet: Any = pipeline.unet
         self.counter = EvaluationCounter(self.unet, 2 if options.guidance > 1 else 1)
         settings = {"sampler": options.sampler, "eta": options.eta, "steps": options.steps}
