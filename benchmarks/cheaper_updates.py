@@ -21,16 +21,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import (
-    PROMPTS,
     EvaluationCounter,
     add_generator_options,
+    add_prompt_options,
     cached,
     interval,
+    load_rewards,
     make_pipeline,
+    read_prompts,
+    sampler_settings,
     shown,
     write_table,
 )
-from ipgo_engine import OptimizeConfig, rewards, train_tokens
+from ipgo_engine import OptimizeConfig, train_tokens
 from ipgo_engine.generators.base import Conditioning
 from ipgo_engine.generators.denoiser import Guidance, call
 from ipgo_engine.generators.diffusers import DiffusersGenerator
@@ -90,14 +93,12 @@ class Bench:
         self.options = options
         self.pipeline = make_pipeline(options)
         self.counter = EvaluationCounter(self.pipeline.unet, 2 if options.guidance > 1 else 1)
-        self.target = rewards.load(options.reward, device=options.device)
-        self.held_out = rewards.load(options.held_out, device=options.device)
+        self.target, self.held_out = load_rewards(options)
         self.plain = self.sampler(DiffusersGenerator)
 
     def sampler(self, kind: type[DiffusersGenerator], **changes: Any) -> Any:
         """A generator with the command line's settings but for the changes."""
-        settings = {"sampler": self.options.sampler, "eta": self.options.eta, "steps": self.options.steps}
-        return kind(self.pipeline, guidance_scale=self.options.guidance, **(settings | changes))
+        return kind(self.pipeline, **(sampler_settings(self.options) | changes))
 
     def variants(self) -> dict[str, tuple[Any, int | None, int]]:
         """Name: generator, gradients through how many steps, updates."""
@@ -180,20 +181,15 @@ def main() -> None:
     """Run what is not there yet and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_generator_options(parser)
-    parser.add_argument("--list", type=Path, default=PROMPTS, help="file of prompts, one per line")
-    parser.add_argument("--prompts", type=int, default=20, help="how many of them")
-    parser.add_argument("--seeds", type=int, default=1)
+    add_prompt_options(parser, seeds=1)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--last", type=int, default=3, help="K of the variants that stop gradients early")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--reward", default="demo-clip")
-    parser.add_argument("--held-out", default="demo-judge")
     parser.add_argument("--out", type=Path, default=Path("results/cheaper"))
     options = parser.parse_args()
-    lines = [line for line in options.list.read_text(encoding="utf-8").splitlines() if line.strip()]
     bench, cells = Bench(options), {}
     settings = f"{options.seeds}-seeds-{options.epochs}-updates-last-{options.last}-rate-{options.learning_rate:g}"
-    for prompt in lines[: options.prompts]:
+    for prompt in read_prompts(options):
         path = options.out / settings / f"{prompt.replace(' ', '_')}.json"
         cells[prompt] = cached(path, lambda p=prompt: bench.run(p))
         print(prompt, {k: f"{sum(v['target']) / len(v['target']):.3f}" for k, v in cells[prompt].items()}, flush=True)

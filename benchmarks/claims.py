@@ -27,7 +27,17 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.claims_table import Budget, Entry, questions
-from benchmarks.common import PROMPTS, add_generator_options, cached, interval, make_generator, shown, write_table
+from benchmarks.common import (
+    add_generator_options,
+    add_prompt_options,
+    cached,
+    interval,
+    load_rewards,
+    make_generator,
+    read_prompts,
+    shown,
+    write_table,
+)
 from benchmarks.degenerate import degenerate_table
 from ipgo_engine import NoiseConfig, OptimizeConfig, optimize_noise, rewards, train_tokens
 
@@ -40,7 +50,9 @@ class Runner:
     """Runs one entry on one unit: a prompt, or a group of prompts that share tokens."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self._generators, self._rewards, self._raw = options, {}, {}, {}
+        self.options, self._generators, self._raw = options, {}, {}
+        target, held_out = load_rewards(options)
+        self._rewards = {options.reward: target, options.held_out: held_out}
         self.seeds = tuple(range(options.seeds))
 
     def generator(self, entry: Entry) -> tuple[Any, Any]:
@@ -216,11 +228,9 @@ def main() -> None:
     """Run the shard's cells, then report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_generator_options(parser)
+    add_prompt_options(parser)
     names = list(questions(Budget(1, 1e-3, 1e-2, None, None, 1)))
     parser.add_argument("--question", nargs="*", choices=[*names, "degenerate"], default=[*names, "degenerate"])
-    parser.add_argument("--list", type=Path, default=PROMPTS, help="file of prompts, one per line")
-    parser.add_argument("--prompts", type=int, default=20, help="how many of them")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=50, help="updates of tokens and of noise alike")
     parser.add_argument("--token-lr", type=float, default=1e-3)
     parser.add_argument("--noise-lr", type=float, default=1e-2)
@@ -228,14 +238,11 @@ def main() -> None:
     parser.add_argument("--noise-backprop", type=int, default=0, help="K; 0 for all model steps")
     parser.add_argument("--categories", type=Path, default=CATEGORIES, help="lines `name: prompt, prompt, ...`")
     parser.add_argument("--released-basis", type=int, default=15, help="N of the released-code preset (30 on SD1.5)")
-    parser.add_argument("--reward", default="demo-clip")
-    parser.add_argument("--held-out", default="demo-judge")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th unit, starting with the i-th")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--out", type=Path, default=Path("results/claims"))
     options = parser.parse_args()
-    lines = [line for line in options.list.read_text(encoding="utf-8").splitlines() if line.strip()]
-    prompts = lines[: options.prompts]
+    prompts = read_prompts(options)
     categories = read_categories(options.categories)
     index, count = (int(part) for part in options.shard.split("/"))
     table, runner = questions(budget_of(options)), Runner(options)

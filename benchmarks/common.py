@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ipgo_engine import demo
+from ipgo_engine import demo, rewards
 from ipgo_engine.generators.diffusers import DiffusersGenerator
 
 PROMPTS = Path(__file__).parent / "demo_prompts.txt"
@@ -48,7 +48,31 @@ def add_generator_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=float, default=demo.GUIDANCE_SCALE)
     parser.add_argument("--sampler", default="ddim")
     parser.add_argument("--eta", type=float, default=1.0)
+    parser.add_argument("--size", type=int, help="pixels; default: the model's own")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def add_prompt_options(parser: argparse.ArgumentParser, prompts: int = 20, seeds: int = 3) -> None:
+    """Prompts, seeds, and the two rewards."""
+    parser.add_argument("--list", type=Path, default=PROMPTS, help="file of prompts, one per line")
+    parser.add_argument("--prompts", type=int, default=prompts, help="how many of them")
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--reward", default="demo-clip", help="what is optimized")
+    parser.add_argument("--reward-path", help="its weights, for a reward that has some")
+    parser.add_argument("--held-out", default="demo-judge", help="what is only watched")
+    parser.add_argument("--held-out-path")
+
+
+def read_prompts(options: argparse.Namespace) -> list[str]:
+    """The first `--prompts` lines of `--list`."""
+    lines = [line.strip() for line in options.list.read_text(encoding="utf-8").splitlines()]
+    return [line for line in lines if line][: options.prompts]
+
+
+def load_rewards(options: argparse.Namespace) -> tuple[rewards.Reward, rewards.Reward]:
+    """Target and held-out reward."""
+    target = rewards.load(options.reward, options.reward_path, options.device)
+    return target, rewards.load(options.held_out, options.held_out_path, options.device)
 
 
 def make_pipeline(options: argparse.Namespace) -> Any:
@@ -60,14 +84,21 @@ def make_pipeline(options: argparse.Namespace) -> Any:
     return load_pipeline(options.model, device=options.device)
 
 
-def make_generator(options: argparse.Namespace, **changes: Any) -> tuple[DiffusersGenerator, EvaluationCounter]:
-    """The generator of the command line's options, and a counter on its UNet."""
-    settings: dict[str, Any] = {
+def sampler_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What the command line says of a `DiffusersGenerator`."""
+    return {
         "sampler": options.sampler,
         "eta": options.eta,
         "steps": options.steps,
         "guidance_scale": options.guidance,
-    } | changes
+        "width": options.size,
+        "height": options.size,
+    }
+
+
+def make_generator(options: argparse.Namespace, **changes: Any) -> tuple[DiffusersGenerator, EvaluationCounter]:
+    """The generator of the command line's options, and a counter on its UNet."""
+    settings = sampler_settings(options) | changes
     pipeline = make_pipeline(options)
     counter = EvaluationCounter(pipeline.unet, 2 if settings["guidance_scale"] > 1 else 1)
     return DiffusersGenerator(pipeline, **settings), counter

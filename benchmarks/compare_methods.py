@@ -19,7 +19,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from benchmarks.common import PROMPTS, add_generator_options, cached, make_generator
+from benchmarks.common import (
+    add_generator_options,
+    add_prompt_options,
+    cached,
+    load_rewards,
+    make_generator,
+    read_prompts,
+)
 from benchmarks.compare_report import METHODS, path_of, put_into_readme, report
 from ipgo_engine import (
     JointConfig,
@@ -29,7 +36,6 @@ from ipgo_engine import (
     TokenConfig,
     optimize_jointly,
     optimize_noise,
-    rewards,
     train_tokens,
 )
 from ipgo_engine.noise import CHANNEL_DIM
@@ -43,8 +49,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.generator, self.counter = make_generator(options)
-        self.target = rewards.load(options.reward, device=options.device)
-        self.held_out = rewards.load(options.held_out, device=options.device)
+        self.target, self.held_out = load_rewards(options)
         self.regularizer = NoiseRegularizer()
         self.seeds = tuple(range(options.seeds))
         length = options.token_length
@@ -181,11 +186,8 @@ def main() -> None:
     """Run the shard, or make the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_generator_options(parser)
-    parser.add_argument("--prompts", type=Path, default=PROMPTS)
+    add_prompt_options(parser)
     parser.add_argument("--out", type=Path, default=Path("results/compare"))
-    parser.add_argument("--reward", default="demo-clip")
-    parser.add_argument("--held-out", default="demo-judge")
-    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--token-length", type=int, default=10, help="of prefix and of suffix")
@@ -202,7 +204,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--readme", action="store_true", help="with --report: put figure and table into the README")
     options = parser.parse_args()
-    prompts = [line for line in options.prompts.read_text().splitlines() if line.strip()]
+    prompts = read_prompts(options)
     if not options.report:
         index, count = (int(part) for part in options.shard.split("/"))
         bench = Bench(options)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from benchmarks.common import cached, interval, make_generator, shown, write_table
-from ipgo_engine import NoiseRegularizer, rewards
+from benchmarks.common import cached, interval, load_rewards, make_generator, shown, write_table
+from ipgo_engine import NoiseRegularizer
 from ipgo_engine.noise import CHANNEL_DIM
 
 
@@ -72,8 +72,7 @@ def degenerate_table(options: argparse.Namespace, prompts: Sequence[str], out: P
     for prompt in prompts:
         path = folder / f"{prompt.replace(' ', '_')}.json"
         if not tools and not path.exists():
-            judges = [rewards.load(name, device=options.device) for name in names]
-            tools += [make_generator(options)[0], judges, NoiseRegularizer()]
+            tools += [make_generator(options)[0], load_rewards(options), NoiseRegularizer()]
         cells[prompt] = cached(path, lambda p=prompt, t=tools: measure(options, p, t))
     rows = []
     for kind in KINDS:

@@ -19,16 +19,19 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import (
-    PROMPTS,
     EvaluationCounter,
     add_generator_options,
+    add_prompt_options,
     cached,
     interval,
+    load_rewards,
     make_pipeline,
+    read_prompts,
+    sampler_settings,
     shown,
     write_table,
 )
-from ipgo_engine import OptimizeConfig, rewards, train_tokens
+from ipgo_engine import OptimizeConfig, train_tokens
 from ipgo_engine.generators.diffusers import DiffusersGenerator
 
 FRESH = (1001, 1002, 1003)  # seeds nothing was trained on
@@ -44,10 +47,8 @@ class Bench:
         pipeline = make_pipeline(options)
         self.unet: Any = pipeline.unet
         self.counter = EvaluationCounter(self.unet, 2 if options.guidance > 1 else 1)
-        settings = {"sampler": options.sampler, "eta": options.eta, "steps": options.steps}
-        self.generator = DiffusersGenerator(pipeline, guidance_scale=options.guidance, **settings)
-        self.target = rewards.load(options.reward, device=options.device)
-        self.held_out = rewards.load(options.held_out, device=options.device)
+        self.generator = DiffusersGenerator(pipeline, **sampler_settings(options))
+        self.target, self.held_out = load_rewards(options)
 
     def run(self, prompt: str) -> dict[str, Any]:
         """Gains of every method: lists over seeds."""
@@ -158,22 +159,17 @@ def main() -> None:
     """Run what is not there yet and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_generator_options(parser)
-    parser.add_argument("--list", type=Path, default=PROMPTS, help="file of prompts, one per line")
-    parser.add_argument("--prompts", type=int, default=20, help="how many of them")
-    parser.add_argument("--seeds", type=int, default=3)
+    add_prompt_options(parser)
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--rank", type=int, default=6)
     parser.add_argument("--lora-lr", type=float, nargs="*", default=[1e-3])
     parser.add_argument("--token-lr", type=float, nargs="*", default=[1e-3])
-    parser.add_argument("--reward", default="demo-clip")
-    parser.add_argument("--held-out", default="demo-judge")
     parser.add_argument("--out", type=Path, default=Path("results/draft"))
     options = parser.parse_args()
-    lines = [line for line in options.list.read_text(encoding="utf-8").splitlines() if line.strip()]
     bench, cells = Bench(options), {}
     rates = "_".join(f"{rate:g}" for rate in (*options.lora_lr, *options.token_lr))
     settings = f"{options.seeds}-seeds-{options.epochs}-updates-rank-{options.rank}-rates-{rates}"
-    for prompt in lines[: options.prompts]:
+    for prompt in read_prompts(options):
         path = options.out / settings / f"{prompt.replace(' ', '_')}.json"
         cells[prompt] = cached(path, lambda p=prompt: bench.run(p))
         print(prompt, {k: f"{sum(v['target']) / len(v['target']):.3f}" for k, v in cells[prompt].items()}, flush=True)

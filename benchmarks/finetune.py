@@ -18,8 +18,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.common import PROMPTS, add_generator_options, interval, make_pipeline, shown, write_table
-from ipgo_engine import NoiseConfig, optimize_noise, rewards
+from benchmarks.common import (
+    add_generator_options,
+    add_prompt_options,
+    interval,
+    load_rewards,
+    make_pipeline,
+    read_prompts,
+    sampler_settings,
+    shown,
+    write_table,
+)
+from ipgo_engine import NoiseConfig, optimize_noise
 from ipgo_engine.generators.diffusers import DiffusersGenerator
 
 FRESH = tuple(range(1001, 1009))  # seeds nothing was trained on
@@ -33,10 +43,8 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.pipeline = make_pipeline(options)
-        settings = {"sampler": options.sampler, "eta": options.eta, "steps": options.steps}
-        self.generator = DiffusersGenerator(self.pipeline, guidance_scale=options.guidance, **settings)
-        self.target = rewards.load(options.reward, device=options.device)
-        self.held_out = rewards.load(options.held_out, device=options.device)
+        self.generator = DiffusersGenerator(self.pipeline, **sampler_settings(options))
+        self.target, self.held_out = load_rewards(options)
 
     def pictures(self, prompt: str) -> dict[str, Tensor]:
         """`plain` and `optimized` (seeds, 3, H, W), and their rewards."""
@@ -110,9 +118,7 @@ def main() -> None:
     """Collect, train twice, write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_generator_options(parser)
-    parser.add_argument("--list", type=Path, default=PROMPTS, help="file of prompts, one per line")
-    parser.add_argument("--prompts", type=int, default=20, help="how many of them")
-    parser.add_argument("--seeds", type=int, default=3)
+    add_prompt_options(parser)
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--noise-lr", type=float, default=1e-2)
     parser.add_argument("--noise-backprop", type=int, default=0, help="K; 0 for all model steps")
@@ -120,12 +126,9 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=300, help="of the LoRA")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lora-lr", type=float, default=1e-3)
-    parser.add_argument("--reward", default="demo-clip")
-    parser.add_argument("--held-out", default="demo-judge")
     parser.add_argument("--out", type=Path, default=Path("results/finetune"))
     options = parser.parse_args()
-    lines = [line for line in options.list.read_text(encoding="utf-8").splitlines() if line.strip()]
-    prompts, bench = lines[: options.prompts], Bench(options)
+    prompts, bench = read_prompts(options), Bench(options)
     kept = {}
     for prompt in prompts:
         kept[prompt] = bench.pictures(prompt)

@@ -18,7 +18,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.common import PROMPTS, add_generator_options, interval, make_generator, shown, write_table
+from benchmarks.common import (
+    add_generator_options,
+    add_prompt_options,
+    interval,
+    load_rewards,
+    make_generator,
+    read_prompts,
+    shown,
+    write_table,
+)
 from ipgo_engine import NoiseConfig, optimize_noise, rewards
 from ipgo_engine.report import from_pil, to_pil
 
@@ -52,8 +61,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.generator, _ = make_generator(options)
-        self.target = rewards.load(options.reward, options.reward_path, options.device)
-        self.held_out = rewards.load(options.held_out, options.held_out_path, options.device)
+        self.target, self.held_out = load_rewards(options)
         self.unseen = rewards.Robust(self.target, samples=8, seed=UNSEEN).augmentations
         self.ways = {"plain": self.target, "averaged": rewards.Robust(self.target, samples=options.samples)}
 
@@ -95,21 +103,15 @@ def main() -> None:
     """Run and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_generator_options(parser)
+    add_prompt_options(parser, prompts=8, seeds=2)
     parser.add_argument("--out", default="results/robust")
-    parser.add_argument("--prompts", type=int, default=8, help="how many of the demo prompts")
-    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=30)
     parser.add_argument("--of", nargs="+", default=["pixels", "noise"], choices=["pixels", "noise"], help="ascent on")
     parser.add_argument("--samples", type=int, default=4, help="changed versions per evaluation")
     parser.add_argument("--reach", type=float, default=8 / 255, help="how far a pixel may move")
-    parser.add_argument("--reward", default="demo-clip")
-    parser.add_argument("--reward-path")
-    parser.add_argument("--held-out", default="demo-judge")
-    parser.add_argument("--held-out-path")
     options = parser.parse_args()
     bench, rows = Bench(options), []
-    prompts = [line.strip() for line in PROMPTS.read_text().splitlines() if line.strip() and line[0] != "#"]
-    for prompt in prompts[: options.prompts]:
+    for prompt in read_prompts(options):
         rows += bench.run(prompt)
         print(rows[-1], flush=True)
     table = []

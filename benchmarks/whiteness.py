@@ -2,9 +2,10 @@
 
     python -m benchmarks.whiteness --out results/whiteness
 
-Writes a figure (pictures along the way, reward, P(z), and what the two small image-text models of the demo make of
-the prompt), a table, and the curves. Hacking is visible as brightness that rises while P(z) and the image-text scores
-fall. On the embedded demo model.
+Writes a figure (pictures along the way, reward, P(z), and what two image-text models make of the prompt) and two
+tables: scores along the way, and what P(z) says of the noises, with eqs. 8 and 9 on the tensor as it is stored and with
+the channels of one place put together besides. Hacking is visible as brightness that rises while the image-text scores
+fall. On the embedded demo model unless --model says otherwise.
 """
 
 from __future__ import annotations
@@ -12,16 +13,28 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
-from benchmarks.common import add_generator_options, interval, make_generator, shown, write_table
-from ipgo_engine import NoiseConfig, optimize_noise, rewards
+from benchmarks.common import (
+    add_generator_options,
+    add_prompt_options,
+    interval,
+    load_rewards,
+    make_generator,
+    read_prompts,
+    shown,
+    write_table,
+)
+from ipgo_engine import NoiseConfig, NoiseRegularizer, optimize_noise, rewards
+from ipgo_engine.noise import CHANNEL_DIM
 
-PROMPTS = ("black cat", "black heart", "black bird", "black bear")
-MONITORS = ("demo-clip", "demo-judge")
+BLACK = Path(__file__).parent / "demo_black_prompts.txt"
+DRIVEN = "brightness"
 
 
 class Album:
@@ -45,8 +58,8 @@ class Album:
         return False
 
 
-def configurations(options: argparse.Namespace) -> dict[str, NoiseConfig]:
-    """With and without the regularizer, otherwise the same."""
+def configurations(options: argparse.Namespace) -> dict[str, tuple[NoiseConfig, int | None]]:
+    """Settings, and which dimension the regularizer takes for the channels: None is eqs. 8 and 9 as printed."""
     shared: dict[str, Any] = {
         "iterations": options.iterations,
         "learning_rate": options.learning_rate,
@@ -54,10 +67,14 @@ def configurations(options: argparse.Namespace) -> dict[str, NoiseConfig]:
         "monitor_every": 1,
         "checkpoint": False,
     }
-    return {"regularized": NoiseConfig(**shared), "not regularized": NoiseConfig(regularization=0.0, **shared)}
+    return {
+        "regularized": (NoiseConfig(**shared), CHANNEL_DIM),
+        "as printed": (NoiseConfig(**shared), None),
+        "not regularized": (NoiseConfig(regularization=0.0, **shared), CHANNEL_DIM),
+    }
 
 
-def figure(albums: dict[str, Album], histories: dict[str, list[Any]], reward: str, path: Path) -> None:
+def figure(albums: dict[str, Album], histories: dict[str, list[Any]], watched: str, path: Path) -> None:
     """Pictures of the first prompt along the way, one row per setting, and the curves beneath."""
     steps = next(iter(albums.values())).steps
     fig = Figure(figsize=(2 * len(steps), 2 * len(albums) + 3.4), layout="constrained")
@@ -75,9 +92,9 @@ def figure(albums: dict[str, Album], histories: dict[str, list[Any]], reward: st
         x = [event.step for event in history]
         curves[0].plot(x, [event.reward for event in history], label=name)
         curves[1].plot(x, [max(event.probability, 1e-30) for event in history])
-        curves[2].plot(x, [event.monitors[MONITORS[0]] for event in history])
+        curves[2].plot(x, [event.monitors[watched] for event in history])
     curves[1].set_yscale("log")
-    for ax, title in zip(curves, (f"{reward} (optimized)", "smallest P(z)", f"{MONITORS[0]} (held out)"), strict=True):
+    for ax, title in zip(curves, (f"{DRIVEN} (optimized)", "smallest P(z)", f"{watched} (only watched)"), strict=True):
         ax.set_title(title, fontsize=9)
         ax.set_xlabel("step", fontsize=8)
     curves[0].legend(fontsize=7)
@@ -85,34 +102,47 @@ def figure(albums: dict[str, Album], histories: dict[str, list[Any]], reward: st
 
 
 def main() -> None:
-    """Run both settings on every prompt and write figure and table."""
+    """Run every setting on every prompt and write figure and tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_generator_options(parser)
+    add_prompt_options(parser, seeds=2)
+    parser.set_defaults(list=BLACK)
     parser.add_argument("--out", type=Path, default=Path("results/whiteness"))
-    parser.add_argument("--prompts", nargs="*", default=list(PROMPTS))
-    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=1e-2)
     parser.add_argument("--backprop", type=int, default=0, help="K; 0 for all model steps")
-    parser.add_argument("--reward", default="brightness")
     options = parser.parse_args()
     generator, _ = make_generator(options)
-    reward = rewards.load(options.reward, device=options.device)
-    monitors = [rewards.load(name, device=options.device) for name in MONITORS]
-    prompts = [prompt for prompt in options.prompts for _ in range(options.seeds)]
-    seeds = [seed for _ in options.prompts for seed in range(options.seeds)]
+    driven, monitors, texts = rewards.load(DRIVEN), load_rewards(options), read_prompts(options)
+    prompts = [prompt for prompt in texts for _ in range(options.seeds)]
+    seeds = [seed for _ in texts for seed in range(options.seeds)]
     steps = sorted({round(options.iterations * f) for f in (0, 0.05, 0.1, 0.25, 0.5, 0.75, 1)})
     options.out.mkdir(parents=True, exist_ok=True)
     albums, histories, rows = {}, {}, []
-    for name, config in configurations(options).items():
+    noises = noise_rows("fresh", generator.draw_noise(range(20)))
+    for name, (config, channel_dim) in configurations(options).items():
         album = Album(steps)
-        result = optimize_noise(generator, reward, prompts, config, album, seeds=seeds, monitors=monitors)
+        with patch("ipgo_engine.problems.CHANNEL_DIM", channel_dim):
+            result = optimize_noise(generator, driven, prompts, config, album, seeds=seeds, monitors=monitors)
         albums[name], histories[name] = album, result.history
-        rows += table_rows(name, album, reward, monitors, prompts, result)
+        rows += table_rows(name, album, driven, list(monitors), prompts, result)
+        noises += noise_rows(name, result.best)
         print()
-    figure(albums, histories, options.reward, options.out / "figure.png")
-    title = f"{options.reward} on {len(options.prompts)} prompts x {options.seeds} seeds, demo model"
-    print(write_table(rows, options.out / "table", title))
+    figure(albums, histories, monitors[0].name, options.out / "figure.png")
+    what = f"{options.model or 'demo model'}: {len(texts)} black things x {options.seeds} seeds"
+    print(write_table(rows, options.out / "table", f"{what}, driven by {DRIVEN}"))
+    print(write_table(noises, options.out / "noises", f"{what}: the brightest pictures' noises"))
+
+
+def noise_rows(name: str, noise: Tensor) -> list[dict[str, Any]]:
+    """P(z) with and without the channels put together, smallest and largest, and how far a channel's mean is off."""
+    measure = NoiseRegularizer().measure
+    chances = {"as stored": measure(noise)[1], "channels together": measure(noise, CHANNEL_DIM)[1]}
+    row: dict[str, Any] = {"noise": name, "of": len(noise)}
+    for what, values in chances.items():
+        row[f"P(z), {what}"] = f"{float(values.min()):.2g} to {float(values.max()):.2g}"
+    row["largest channel mean"] = f"{float(noise.mean(dim=(3, 4)).abs().max()):.2f}"
+    return [row]
 
 
 @torch.no_grad()
@@ -121,7 +151,8 @@ def table_rows(
 ) -> list[dict[str, Any]]:
     """Scores at the start, halfway and at the end."""
     rows = []
-    for step in (album.steps[0], album.steps[len(album.steps) // 2 + 1], album.steps[-1]):
+    last = album.steps[-1]
+    for step in (0, round(last / 2), last):
         images = album.pages[step].to(next(iter(result.image)).device)
         row: dict[str, Any] = {"setting": name, "step": step}
         for judge in (reward, *monitors):

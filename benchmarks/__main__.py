@@ -1,0 +1,139 @@
+"""The whole suite: every question's command, one after the other.
+
+    python -m benchmarks --quick            # a first look on the embedded demo model
+    python -m benchmarks                    # everything on the demo model, with the settings PAPERS.md was made with
+    python -m benchmarks --jobs 2           # the long questions shared by two processes
+    python -m benchmarks --model FOLDER --reward hpsv2 --reward-path FILE --held-out clip --held-out-path FOLDER
+                                            # a diffusers model, the papers' settings: for a GPU
+    python -m benchmarks --show             # the commands, without running them
+
+Every command writes table, figure and log below --out and goes on where it stopped, so a second call finishes what the
+first one left. What a command lacks (a ComfyUI, peft, a checkout of the released code) fails that command alone; the
+end says which. Arguments that are not known here go to every command that samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+DEMO = "--steps 8 --eta 0"
+PAPER = "--steps 50 --guidance 7.5 --size 512"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One question: module, arguments, and whether several processes can share it."""
+
+    name: str
+    module: str
+    arguments: str = ""
+    samples: bool = True  # takes the sampler's settings
+    shared: bool = False
+
+
+def demo_commands(quick: bool) -> list[Command]:
+    """Settings that move the demo model in few updates; the papers' are for models of another size."""
+    size = "--prompts 2 --seeds 1" if quick else "--prompts 20 --seeds 3"
+    small = size if quick else "--prompts 20 --seeds 1"
+    tokens, noise = "--token-lr 0.02 --token-backprop 0", "--noise-lr 0.1 --noise-backprop 3"
+    updates, least = (2, 2) if quick else (6, 10)
+    compare = f"--epochs {2 if quick else 10} --iterations {2 if quick else 20} --most 48 --free-lr 0.1"
+    claims = f"{tokens} {noise} {size}"
+    first = ("constraints", "rotation", "plain", "regularizer")  # of a first look
+    token_questions = first[:3] if quick else (
+        *first[:3], "category", "batch", "preset", "one-word", "backprop", "basis", "lengths", "rate", "scale", "seeds"
+    )  # fmt: skip
+    noise_questions = first[3:] if quick else ("regularizer", "black-box", "which", "mu", "block", "permutations")
+    return [
+        Command("compare", "compare_methods", f"{compare} {tokens} {noise} {size}", shared=True),
+        Command("claims", "claims", f"--epochs {updates} {claims} --question {' '.join(token_questions)}", shared=True),
+        Command("claims", "claims", f"--epochs {least} {claims} --question {' '.join(noise_questions)}", shared=True),
+        Command("claims", "claims", f"{size} --question degenerate"),
+        Command("whiteness", "whiteness", f"--learning-rate 0.05 --backprop 3 --iterations {4 if quick else 30}"),
+        Command("cheaper", "cheaper_updates", f"--learning-rate 0.02 --epochs {updates} {small}"),
+        Command("draft", "draft", f"--epochs {3 if quick else 12} --token-lr 0.02 {size}"),
+        Command("finetune", "finetune", f"{noise} {size} --iterations {least} --updates {20 if quick else 300}"),
+        Command("robust", "robust_effect", f"--iterations {5 if quick else 30} --prompts {2 if quick else 6}"),
+        *toys(quick),
+        Command("iteration_cost", "iteration_cost", f"--repeats {1 if quick else 3}", samples=False),
+        Command("comfy_iteration", "comfy_iteration", f"--repeats {1 if quick else 3}", samples=False),
+    ]
+
+
+def toys(quick: bool) -> list[Command]:
+    """Questions that need no image model."""
+    sizes = "--shapes 'demo model, initial' --samples 5" if quick else ""
+    return [
+        Command("ring", "ring", f"--iterations {60 if quick else 300}", samples=False),
+        Command("block_size", "block_size", f"{sizes} --csv OUT.csv --markdown OUT.md", samples=False),
+    ]
+
+
+def paper_commands() -> list[Command]:
+    """The papers' own settings, which are the commands' defaults."""
+    return [
+        Command("compare", "compare_methods", "--free-lr 0.001", shared=True),
+        Command("claims", "claims", "--released-basis 30", shared=True),
+        Command("whiteness", "whiteness"),
+        Command("cheaper", "cheaper_updates", "--epochs 50"),
+        Command("draft", "draft"),
+        Command("finetune", "finetune", "--iterations 50"),
+        Command("robust", "robust_effect"),
+        Command("iteration_cost", "iteration_cost", "--random sd15 --size 512 --dtype float16", samples=False),
+    ]
+
+
+def run(command: Command, out: Path, rest: list[str], jobs: int) -> bool:
+    """Run one command, in several processes where it can be shared; True when all went well."""
+    place = out / command.name
+    arguments = [sys.executable, "-m", f"benchmarks.{command.module}", *shlex.split(command.arguments)]
+    arguments = [part.replace("OUT", str(place)) for part in arguments]
+    arguments += [] if command.module == "block_size" else ["--out", str(place)]
+    arguments += rest if command.samples else []
+    jobs = jobs if command.shared else 1
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
+    started, running = time.time(), []
+    for i in range(jobs):
+        shard = ["--shard", f"{i}/{jobs}"] if jobs > 1 else []
+        log = (out / f"{command.name}-{i}.log").open("a")
+        running.append(subprocess.Popen([*arguments, *shard], stdout=log, stderr=subprocess.STDOUT, env=environment))
+    codes = [process.wait() for process in running]
+    good = not any(codes)
+    if jobs > 1 and good:
+        with (out / f"{command.name}-report.log").open("w") as log:
+            good = subprocess.run([*arguments, "--report"], stdout=log, stderr=subprocess.STDOUT).returncode == 0
+    minutes = (time.time() - started) / 60
+    print(f"{command.name}: {minutes:.1f} min, {'done' if good else 'FAILED, see its log'}", flush=True)
+    return good
+
+
+def main() -> int:
+    """Run the suite; the exit code is the number of commands that failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small budgets: every command runs, no number means much")
+    parser.add_argument("--model", help="a local diffusers folder; default: the demo model")
+    parser.add_argument("--jobs", type=int, default=1, help="processes for the questions that can be shared")
+    parser.add_argument("--only", nargs="*", help="names of commands")
+    parser.add_argument("--show", action="store_true", help="print the commands and stop")
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    options, rest = parser.parse_known_args()
+    commands = paper_commands() if options.model else demo_commands(options.quick)
+    rest = [*(PAPER if options.model else DEMO).split(), *(["--model", options.model] if options.model else []), *rest]
+    chosen = [command for command in commands if options.only is None or command.name in options.only]
+    if options.show:
+        for command in chosen:
+            print("python -m", f"benchmarks.{command.module}", command.arguments, *(rest if command.samples else []))
+        return 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    return sum(not run(command, options.out, rest, options.jobs) for command in chosen)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
