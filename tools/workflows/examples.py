@@ -212,6 +212,11 @@ def optimize_noise(w: Workflow) -> None:
     )
     w.column(380, "What was found")
     show(w, found, "before", "images", "curve")
+    same_from_stock_nodes(w, source, inputs, found)
+
+
+def same_from_stock_nodes(w: Workflow, source: dict[str, Link], inputs: dict[str, Link], found: Node) -> None:
+    """What is handed over, in the two stock samplers, and how likely the noise is."""
     w.column(340, "The same picture from stock nodes")
     guider = w.add(
         "CFGGuider", model=source["model"], positive=inputs["positive"], negative=inputs["negative"], cfg=3.0
