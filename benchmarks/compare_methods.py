@@ -51,7 +51,7 @@ class Bench:
         self.generator, self.counter = make_generator(options)
         self.target, self.held_out = load_rewards(options)
         self.regularizer = NoiseRegularizer()
-        self.seeds = tuple(range(options.seeds))
+        self.seeds = tuple(range(options.first_seed, options.first_seed + options.seeds))
         length = options.token_length
         self.tokens = OptimizeConfig(
             tokens=TokenConfig(prefix_length=length, suffix_length=length),
@@ -188,6 +188,7 @@ def main() -> None:
     add_generator_options(parser)
     add_prompt_options(parser)
     parser.add_argument("--out", type=Path, default=Path("results/compare"))
+    parser.add_argument("--first-seed", type=int, default=0, help="others than the first ones, into another --out")
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--token-length", type=int, default=10, help="of prefix and of suffix")
