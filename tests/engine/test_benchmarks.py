@@ -1,0 +1,123 @@
+"""What the benchmark numbers rest on: counting evaluations, intervals, Best-of-N, who is trained with whom."""
+
+from __future__ import annotations
+
+import csv
+import shlex
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.__main__ import demo_commands, paper_commands
+from benchmarks.claims import CATEGORIES, groups, read_categories, units
+from benchmarks.claims_table import Budget, Entry, questions
+from benchmarks.common import PROMPTS, EvaluationCounter, cached, interval, write_table
+from benchmarks.compare_report import pick
+from ipgo_engine import OptimizeConfig
+from ipgo_engine.recompute import recompute
+
+
+class Doubling(torch.nn.Module):
+    def forward(self, sample):
+        return 2 * sample
+
+
+@pytest.mark.parametrize("steps_with_gradient", [0, 2, 5])
+@pytest.mark.parametrize("stored", [True, False])
+def test_an_evaluation_is_a_forward_and_a_backward_is_two(steps_with_gradient, stored):
+    """Five model calls for two pictures with guidance, as a sampler makes them."""
+    unet = Doubling()
+    counter = EvaluationCounter(unet, rows_per_image=2)
+    latents = torch.ones(2, 3, requires_grad=True)
+    for step in range(5):
+        rows = torch.cat([latents, latents])
+        if step < 5 - steps_with_gradient:
+            with torch.no_grad():
+                latents = unet(rows).chunk(2)[0]
+            latents.requires_grad_()
+        elif stored:
+            latents = unet(rows).chunk(2)[0]
+        else:
+            latents = recompute(lambda r: unet(r), rows).chunk(2)[0]
+    latents.sum().backward()
+    again = 0 if stored else steps_with_gradient  # the backward runs the forward once more
+    assert counter.take() == 2 * (5 + again + 2 * steps_with_gradient)
+    assert counter.take() == 0
+
+
+def test_interval_resamples_prompts_not_pictures():
+    """Pictures of one prompt that say the same thing three times narrow nothing."""
+    random = np.random.default_rng(0)
+    prompts = random.normal(size=20)
+    once = interval(prompts.tolist(), list(range(20)))
+    thrice = interval(np.repeat(prompts, 3).tolist(), np.repeat(np.arange(20), 3).tolist())
+    assert thrice == pytest.approx(once)
+    scipy_stats = pytest.importorskip("scipy.stats")
+    found = scipy_stats.bootstrap((prompts,), np.mean, n_resamples=4000, method="percentile", rng=random)
+    assert once[0] == pytest.approx(prompts.mean())
+    assert once[1:] == pytest.approx(tuple(found.confidence_interval), abs=0.05)
+
+
+def test_best_of_n_looks_at_the_first_n_and_at_the_target_alone():
+    seed = {"target": [0.1, 0.5, 0.3, 0.9], "held_out": [1.0, 0.0, 1.0, 0.2]}
+    assert pick([seed, seed], 3) == {"target": [0.5, 0.5], "held_out": [0.0, 0.0]}
+    assert pick([seed], 4)["target"] == [0.9]
+
+
+def test_prompts_of_the_transfer_test_were_not_trained_on():
+    prompts = PROMPTS.read_text().splitlines()
+    categories = read_categories(CATEGORIES)
+    for entry in questions(Budget(1, 1e-3, 1e-2, None, None, 1))["category"] + [
+        Entry("B = 4", OptimizeConfig(), batch=4),
+        Entry("B = 10", OptimizeConfig(), batch=10),
+    ]:
+        made = units(entry, prompts, categories)
+        assert all(len(unit.prompts) == entry.batch and unit.unseen for unit in made)
+        assert not any(set(unit.prompts) & {*unit.unseen, *unit.elsewhere} for unit in made)
+    everything = [prompt for names in categories for prompt in names]
+    assert len(set(everything)) == len(everything)  # no prompt is in two categories
+    alike, mixed = (units(Entry("", OptimizeConfig(), batch=4, among=a), [], categories) for a in ("category", "mixed"))
+    assert len(alike) == len(mixed)
+    assert all(any(set(u.prompts) <= set(c) for c in categories) and u.elsewhere for u in alike)
+    assert not any(any(set(u.prompts) <= set(c) for c in categories) for u in mixed)
+    assert groups("abcde", 2) == [["a", "b"], ["c", "d"]]
+
+
+def test_entries_of_one_question_differ_and_share_what_they_can():
+    table = questions(Budget(6, 0.02, 0.1, None, 3, 15))
+    for name, entries in table.items():
+        settings = [(entry.config, str(entry.generator), entry.batch, entry.among, entry.reward) for entry in entries]
+        assert len({str(s) for s in settings}) == len(entries), name
+        assert len({entry.label for entry in entries}) == len(entries), name
+    shared = {
+        name: entries[0].config for name, entries in table.items() if name in ("constraints", "rotation", "basis")
+    }
+    assert len(set(map(str, shared.values()))) == 1
+
+
+@pytest.mark.parametrize("commands", [demo_commands(quick=True), demo_commands(quick=False), paper_commands()])
+def test_suite_asks_questions_that_exist(commands):
+    known = set(questions(Budget(1, 1e-3, 1e-2, None, None, 1))) | {"degenerate"}
+    for command in commands:
+        words = shlex.split(command.arguments)
+        if "--question" in words:
+            assert set(words[words.index("--question") + 1 :]) <= known
+
+
+def test_an_interrupted_cell_is_computed_again_and_a_whole_one_is_not(tmp_path):
+    path = tmp_path / "cells" / "one.json"
+    with pytest.raises(KeyboardInterrupt):
+        cached(path, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert not path.exists()
+    assert cached(path, lambda: {"found": 1}) == {"found": 1}
+    assert cached(path, lambda: {"found": 2}) == {"found": 1}
+
+
+def test_tables_say_the_same_in_both_formats(tmp_path):
+    rows = [{"method": "noise, free", "gain": 0.5}, {"method": "raw", "gain": 0}]
+    text = write_table(rows, tmp_path / "table", "A title")
+    assert text.startswith("# A title")
+    assert "| noise, free | 0.5 |" in text
+    with (tmp_path / "table.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == [{k: str(v) for k, v in row.items()} for row in rows]
