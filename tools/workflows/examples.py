@@ -8,6 +8,8 @@ from typing import Any
 from .graph import Link, Node, Workflow
 
 PROMPT = "dog face"
+# Concepts that the demo model draws poorly: green elephants, trees without a trunk. There is something to see.
+TOKEN_PROMPT, NOISE_PROMPT, NOISE_SEED = "elephant", "tree", 1
 DEMO = {"width": 128, "height": 128, "steps": 10, "cfg": 3.0}
 SAMPLER = {"sampler_name": "euler", "scheduler": "normal"}
 
@@ -84,7 +86,7 @@ def train_and_compare(w: Workflow) -> None:
     )
     demo, reward, held_out = demo_column(w)
     source = models(demo)
-    text = prompt_node(w)
+    text = prompt_node(w, TOKEN_PROMPT)
     w.column(400, "Train")
     train = w.add(
         "IPGOTrainTokens",
@@ -191,7 +193,7 @@ def optimize_noise(w: Workflow) -> None:
     )
     demo, reward, held_out = demo_column(w)
     source = models(demo)
-    text = prompt_node(w)
+    text = prompt_node(w, NOISE_PROMPT)
     w.column(400, "Optimize")
     inputs = noise_inputs(w, source, text)
     found = w.add(
@@ -202,7 +204,7 @@ def optimize_noise(w: Workflow) -> None:
         reward=reward.out("reward"),
         prompt=text,
         monitor_1=held_out.out("reward"),
-        seed=2,
+        seed=NOISE_SEED,
         steps=10,
         cfg=3.0,
         **SAMPLER,
@@ -354,14 +356,14 @@ def joint(w: Workflow) -> None:
     )
     demo, reward, held_out = demo_column(w)
     source = models(demo)
-    text = prompt_node(w)
+    text = prompt_node(w, NOISE_PROMPT)
     w.column(400, "Optimize")
     found = w.add(
         "IPGOJointOptimize",
         **source,
         reward=reward.out("reward"),
         prompt=text,
-        seed=2,
+        seed=NOISE_SEED,
         width=128,
         height=128,
         steps=10,
