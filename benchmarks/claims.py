@@ -89,8 +89,11 @@ class Runner:
         found |= self._gains(results, generator.device)
         if isinstance(entry.config, OptimizeConfig):
             tests = {"fresh seeds": prompts, "unseen prompts": unit.unseen, "unseen categories": unit.elsewhere}
+            # As many fresh pictures whether every seed has tokens of its own or all share them.
+            fresh = [FRESH] if len(results) == 1 else [(seed,) for seed in FRESH]
             for name, texts in tests.items():
-                found[name] = [gain for r in results for gain in self._transfer(entry, generator, r.best, texts)]
+                pairs = zip(results, fresh, strict=False)
+                found[name] = [g for r, seeds in pairs for g in self._transfer(entry, generator, r.best, texts, seeds)]
         return found
 
     @torch.no_grad()
@@ -109,24 +112,24 @@ class Runner:
         return found
 
     @torch.no_grad()
-    def _transfer(self, entry: Entry, generator: Any, tokens: Any, prompts: Sequence[str]) -> list[float]:
+    def _transfer(
+        self, entry: Entry, generator: Any, tokens: Any, prompts: Sequence[str], seeds: Sequence[int]
+    ) -> list[float]:
         """Gains on fresh seeds."""
         target, tokens = self.reward(entry.reward or self.options.reward), tokens.to(generator.device)
         gains = []
         for prompt in prompts:
-            key = (json.dumps(entry.generator), target.name, prompt)  # the raw pictures are the same for all tokens
+            key = (json.dumps(entry.generator), target.name, prompt, seeds)  # raw pictures are the same for all tokens
             if key not in self._raw:
-                self._raw[key] = self._fresh(generator, target, prompt)
-            gains += (self._fresh(generator, target, prompt, tokens) - self._raw[key]).tolist()
+                self._raw[key] = self._fresh(generator, target, prompt, seeds)
+            gains += (self._fresh(generator, target, prompt, seeds, tokens) - self._raw[key]).tolist()
         return gains
 
-    def _fresh(self, generator: Any, target: Any, prompt: str, tokens: Any = None) -> Any:
+    def _fresh(self, generator: Any, target: Any, prompt: str, seeds: Sequence[int], tokens: Any = None) -> Any:
         """Scores of the fresh seeds."""
-        conditioning = generator.encode([prompt]).select([0] * len(FRESH))
-        images = generator.generate(
-            tokens.condition(conditioning) if tokens else conditioning, generator.draw_noise(FRESH)
-        )
-        return target.score(images, [prompt] * len(FRESH))
+        raw = generator.encode([prompt]).select([0] * len(seeds))
+        images = generator.generate(tokens.condition(raw) if tokens else raw, generator.draw_noise(seeds))
+        return target.score(images, [prompt] * len(seeds))
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ def cell(out: Path, entry: Entry, options: argparse.Namespace, unit: Unit) -> Pa
 
 
 def table_row(entry: Entry, done: dict[str, dict[str, Any]], reference: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Means with 95 % intervals over units, and the difference to the question's first entry, paired by prompt."""
+    """Means with 95 % intervals over units, and the difference to the question's first entry, paired by unit."""
     row: dict[str, Any] = {"setting": entry.label, "units": len(done)}
     for key in GAINS:
         values = [(unit, v) for unit, found in done.items() for v in found.get(key, [])]
@@ -199,6 +202,8 @@ def report(name: str, jobs: Sequence[tuple[Entry, Sequence[Unit]]], options: arg
     if not found:
         return f"{name}: nothing measured yet\n"
     rows = [table_row(entry, done, found[0][1]) for entry, done in found]
+    kept = [name for name in rows[0] if any(row[name] != "" for row in rows)]
+    rows = [{name: row[name] for name in kept} for row in rows]
     draw(name, found, options.out / f"{name}.png")
     what = options.model or "demo model"
     title = (

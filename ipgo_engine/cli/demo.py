@@ -36,7 +36,7 @@ NOISE_STEPS = 3  # the noise's K: at equal cost better on this model than gradie
 class Plan:
     """How much the demo does. Measured so that the optimization takes under four minutes on two CPU cores."""
 
-    prompts: tuple[str, ...] = ("red heart", "dog face", "pizza", "rocket")
+    prompts: tuple[str, ...] = ("tree", "fish", "elephant", "soccer ball")  # the model draws them poorly: room to gain
     hacked: str = "black cat"  # brightened until it is a cat no more (noise paper, section 3)
     steps: int = 8
     epochs: int = 10
