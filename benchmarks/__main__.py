@@ -46,15 +46,15 @@ def demo_commands(quick: bool) -> list[Command]:
     updates, least = (2, 2) if quick else (6, 10)
     compare = f"--epochs {2 if quick else 10} --iterations {2 if quick else 20} --most 48 --free-lr 0.1"
     claims = f"{tokens} {noise} {size}"
-    first = ("constraints", "rotation", "plain", "regularizer")  # of a first look
-    token_questions = first[:3] if quick else (
-        *first[:3], "category", "batch", "preset", "one-word", "backprop", "basis", "lengths", "rate", "scale", "seeds"
+    token_questions = "rotation plain" if quick else (
+        "plain rotation category batch backprop preset one-word basis lengths rate scale seeds"
     )  # fmt: skip
-    noise_questions = first[3:] if quick else ("regularizer", "black-box", "which", "mu", "block", "permutations")
+    noise_questions = "regularizer" if quick else "regularizer black-box which mu block permutations"
     return [
         Command("compare", "compare_methods", f"{compare} {tokens} {noise} {size}", shared=True),
-        Command("claims", "claims", f"--epochs {updates} {claims} --question {' '.join(token_questions)}", shared=True),
-        Command("claims", "claims", f"--epochs {least} {claims} --question {' '.join(noise_questions)}", shared=True),
+        Command("claims", "claims", f"--epochs {updates} {claims} --question constraints", shared=True),
+        Command("claims", "claims", f"--epochs {2 if quick else 4} {claims} --question {token_questions}", shared=True),
+        Command("claims", "claims", f"--epochs {least} {claims} --question {noise_questions}", shared=True),
         Command("claims", "claims", f"{size} --question degenerate"),
         Command("whiteness", "whiteness", f"--learning-rate 0.05 --backprop 3 --iterations {4 if quick else 30}"),
         Command("cheaper", "cheaper_updates", f"--learning-rate 0.02 --epochs {updates} {small}"),
