@@ -135,17 +135,17 @@ def main() -> None:
         before, after = (float(kept[prompt][f"{kind} reward"].mean()) for kind in ("plain", "optimized"))
         print(f"{prompt}: {before:.3f} to {after:.3f}", flush=True)
     texts = [prompt for prompt in prompts for _ in range(options.seeds)]
-    before = bench.fresh(prompts)
+    found = {"nothing": bench.fresh(prompts)}
+    for kind in ("plain", "optimized"):
+        found[kind] = bench.trained_on(torch.cat([kept[prompt][kind] for prompt in prompts]), texts)
     groups = [prompt for prompt in prompts for _ in FRESH]
     rows = []
-    for kind in ("plain", "optimized"):
-        after = bench.trained_on(torch.cat([kept[prompt][kind] for prompt in prompts]), texts)
-        row = {"LoRA trained on": f"{kind} pictures"}
-        for key in before:
-            gains = [a - b for a, b in zip(after[key], before[key], strict=True)]
+    for kind, base in (("plain", "nothing"), ("optimized", "nothing"), ("optimized", "plain")):
+        row = {"LoRA trained on": f"{kind} pictures", "compared with": f"{base}{' pictures' * (base == 'plain')}"}
+        for key, scores in found[kind].items():
+            gains = [a - b for a, b in zip(scores, found[base][key], strict=True)]
             row[f"{key} gain, fresh seeds"] = shown(interval(gains, groups))
         rows.append(row)
-        print(row, flush=True)
     size = f"{len(prompts)} prompts x {options.seeds} pictures, {options.updates} updates, rank {options.rank}"
     print(write_table(rows, options.out / "table", f"Fine-tuning on the {options.model or 'demo model'}: {size}"))
 
