@@ -40,15 +40,15 @@ def pick(candidates: list[dict[str, list[float]]], count: int) -> dict[str, list
 
 
 def collect(out: Path, prompts: list[str]) -> Found:
-    """What is there, with Best-of-N at the cost of each learning method; prompts without a baseline are left out."""
+    """What is there, with Best-of-N, if it was run, at the cost of each learning method. A prompt needs both baselines."""
     found: Found = {}
     for method in METHODS:
         files = {p: path_of(out, method, p) for p in prompts}
         found[method] = {p: cached(f, dict) for p, f in files.items() if f.exists()}
     candidates, raw = found.pop("best-of-n"), found["raw"]
-    complete = {p for p in prompts if p in candidates and p in raw}
+    complete = {p for p in prompts if p in raw and (p in candidates or not candidates)}
     found = {method: {p: row for p, row in rows.items() if p in complete} for method, rows in found.items()}
-    for method in LEARNING:
+    for method in LEARNING if candidates else ():
         for prompt, scores in found[method].items():
             per_image = raw[prompt]["evaluations"]
             most = len(candidates[prompt]["candidates"][0]["target"])
@@ -139,8 +139,10 @@ def put_into_readme(out: Path, prompts: list[str]) -> None:
 def versus(found: Found) -> str:
     """Paired differences against Best-of-N at equal cost, and against plain noise optimization."""
     lines = []
-    for method in (m for m in LEARNING if m in found):
+    for method in LEARNING:
         rival = f"best of N for {method}"
+        if rival not in found:
+            continue
         count = np.mean([row["n"] for row in found[rival].values()])
         for key in ("target", "held_out"):
             triple = gain(found, method, key, rival)
