@@ -40,7 +40,10 @@ def pick(candidates: list[dict[str, list[float]]], count: int) -> dict[str, list
 
 
 def collect(out: Path, prompts: list[str]) -> Found:
-    """What is there, with Best-of-N, if it was run, at the cost of each learning method. A prompt needs both baselines."""
+    """What is there, with Best-of-N, if it was run, at the cost of each learning method.
+
+    Prompts that lack a baseline are left out.
+    """
     found: Found = {}
     for method in METHODS:
         files = {p: path_of(out, method, p) for p in prompts}
