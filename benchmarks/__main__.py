@@ -44,7 +44,9 @@ def demo_commands(quick: bool) -> list[Command]:
     small = size if quick else "--prompts 20 --seeds 1"
     tokens, noise = "--token-lr 0.02 --token-backprop 0", "--noise-lr 0.1 --noise-backprop 3"
     updates, least = (2, 2) if quick else (6, 10)
-    compare = f"--epochs {2 if quick else 10} --iterations {2 if quick else 20} --most 48 --free-lr 0.1"
+    compare = (
+        f"--epochs {2 if quick else 10} --iterations {2 if quick else 20} --most {4 if quick else 48} --free-lr 0.1"
+    )
     claims = f"{tokens} {noise} {size}"
     token_questions = "rotation plain" if quick else (
         "plain rotation category batch backprop preset one-word basis lengths rate scale seeds"
