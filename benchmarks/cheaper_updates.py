@@ -31,6 +31,7 @@ from benchmarks.common import (
     read_prompts,
     sampler_settings,
     shown,
+    slug,
     write_table,
 )
 from ipgo_engine import OptimizeConfig, train_tokens
@@ -190,7 +191,7 @@ def main() -> None:
     bench, cells = Bench(options), {}
     settings = f"{options.seeds}-seeds-{options.epochs}-updates-last-{options.last}-rate-{options.learning_rate:g}"
     for prompt in read_prompts(options):
-        path = options.out / settings / f"{prompt.replace(' ', '_')}.json"
+        path = options.out / settings / f"{slug(prompt)}.json"
         cells[prompt] = cached(path, lambda p=prompt: bench.run(p))
         print(prompt, {k: f"{sum(v['target']) / len(v['target']):.3f}" for k, v in cells[prompt].items()}, flush=True)
     print(report(cells, options))

@@ -28,6 +28,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.claims_table import Budget, Entry, questions
 from benchmarks.common import (
+    FRESH,
     add_generator_options,
     add_prompt_options,
     cached,
@@ -41,7 +42,6 @@ from benchmarks.common import (
 from benchmarks.degenerate import degenerate_table
 from ipgo_engine import NoiseConfig, OptimizeConfig, optimize_noise, rewards, train_tokens
 
-FRESH = (1001, 1002, 1003)  # seeds nothing was trained on
 CATEGORIES = Path(__file__).parent / "demo_categories.txt"
 GAINS = ("target", "held-out", "fresh seeds", "unseen prompts", "unseen categories")
 
@@ -98,15 +98,12 @@ class Runner:
 
     @torch.no_grad()
     def _gains(self, results: Sequence[Any], device: torch.device) -> dict[str, Any]:
-        """Target before and after, gains of target and held-out reward, P(z): one value per image."""
+        """Gains of target and held-out reward, P(z): one value per image."""
         judge = self.reward(self.options.held_out)
-        found: dict[str, Any] = {key: [] for key in ("start", "end", "target", "held-out", "P(z)")}
+        found: dict[str, Any] = {key: [] for key in ("target", "held-out", "P(z)")}
         for result in results:
-            found["start"] += result.start_rewards.tolist()
-            found["end"] += result.rewards.tolist()
             found["target"] += (result.rewards - result.start_rewards).tolist()
-            pair = (judge.score(i.to(device), result.prompts) for i in (result.start_image, result.image))
-            before, after = pair
+            before, after = (judge.score(i.to(device), result.prompts) for i in (result.start_image, result.image))
             found["held-out"] += (after - before).tolist()
             found["P(z)"] += [] if result.probability is None else result.probability.tolist()
         return found
@@ -250,7 +247,7 @@ def main() -> None:
     prompts = read_prompts(options)
     categories = read_categories(options.categories)
     index, count = (int(part) for part in options.shard.split("/"))
-    table, runner = questions(budget_of(options)), Runner(options)
+    table, runner = questions(budget_of(options)), None if options.report else Runner(options)
     for name in options.question:
         if name == "degenerate":
             print(degenerate_table(options, prompts, options.out))
@@ -259,8 +256,8 @@ def main() -> None:
         # Unit by unit, not setting by setting: an interrupted run leaves comparable rows.
         for i, row in enumerate(zip_longest(*(members for _, members in jobs))):
             for (entry, _), unit in zip(jobs, row, strict=True):
-                if unit and i % count == index and not options.report:
-                    cached(cell(options.out, entry, options, unit), lambda e=entry, u=unit: runner.run(e, u))
+                if unit and runner and i % count == index:
+                    cached(cell(options.out, entry, options, unit), lambda r=runner, e=entry, u=unit: r.run(e, u))
                     print(f"{name}: {entry.label}: {', '.join(unit.prompts)}", flush=True)
         print(report(name, jobs, options), flush=True)
 

@@ -6,7 +6,8 @@ import argparse
 import csv
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from ipgo_engine import demo, rewards
 from ipgo_engine.generators.diffusers import DiffusersGenerator
 
 PROMPTS = Path(__file__).parent / "demo_prompts.txt"
+FRESH = (1001, 1002, 1003)  # seeds nothing is trained on
 
 
 class EvaluationCounter:
@@ -102,6 +104,25 @@ def make_generator(options: argparse.Namespace, **changes: Any) -> tuple[Diffuse
     pipeline = make_pipeline(options)
     counter = EvaluationCounter(pipeline.unet, 2 if settings["guidance_scale"] > 1 else 1)
     return DiffusersGenerator(pipeline, **settings), counter
+
+
+@contextmanager
+def fresh_lora(unet: Any, rank: int, seed: int) -> Iterator[list[torch.nn.Parameter]]:
+    """A LoRA on the attention of a UNet, drawn anew, and gone afterwards: what there is to learn. Needs peft."""
+    from peft import LoraConfig
+
+    torch.manual_seed(seed)
+    modules = ["to_q", "to_k", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=modules), "benchmark")
+    try:
+        yield [p for p in unet.parameters() if p.requires_grad]
+    finally:
+        unet.delete_adapters("benchmark")
+
+
+def slug(text: str) -> str:
+    """A file name, of a prompt for example."""
+    return "".join(c if c.isalnum() else "-" for c in text)
 
 
 def cached(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:

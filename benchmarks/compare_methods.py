@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from benchmarks.common import (
+    FRESH,
     add_generator_options,
     add_prompt_options,
     cached,
@@ -39,8 +40,6 @@ from ipgo_engine import (
     train_tokens,
 )
 from ipgo_engine.noise import CHANNEL_DIM
-
-FRESH = (1001, 1002, 1003)  # seeds no method has seen
 
 
 class Bench:

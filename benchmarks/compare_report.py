@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from benchmarks.common import cached, interval, shown, write_table
+from benchmarks.common import cached, interval, shown, slug, write_table
 
 METHODS = ("raw", "best-of-n", "ipgo", "noise", "noise, no regularizer", "joint")
 LEARNING = ("ipgo", "noise", "joint")
@@ -21,11 +21,6 @@ ORDER = (
 )  # fmt: skip
 START, END = "<!-- results: python -m benchmarks.compare_methods --report --readme -->", "<!-- end of results -->"
 Found = dict[str, dict[str, dict[str, Any]]]  # method -> prompt -> scores, one per seed
-
-
-def slug(text: str) -> str:
-    """A file name."""
-    return "".join(c if c.isalnum() else "-" for c in text)
 
 
 def path_of(out: Path, method: str, prompt: str) -> Path:

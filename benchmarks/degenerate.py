@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from benchmarks.common import cached, interval, load_rewards, make_generator, shown, write_table
+from benchmarks.common import cached, interval, load_rewards, make_generator, shown, slug, write_table
 from ipgo_engine import NoiseRegularizer
 from ipgo_engine.noise import CHANNEL_DIM
 
@@ -70,7 +70,7 @@ def degenerate_table(options: argparse.Namespace, prompts: Sequence[str], out: P
     folder, cells = out / "degenerate" / f"eta-{options.eta:g}-seeds-{options.seeds}", {}
     names = (options.reward, options.held_out)
     for prompt in prompts:
-        path = folder / f"{prompt.replace(' ', '_')}.json"
+        path = folder / f"{slug(prompt)}.json"
         if not tools and not path.exists():
             tools += [make_generator(options)[0], load_rewards(options), NoiseRegularizer()]
         cells[prompt] = cached(path, lambda p=prompt, t=tools: measure(options, p, t))

@@ -19,24 +19,25 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import (
+    FRESH,
     EvaluationCounter,
     add_generator_options,
     add_prompt_options,
     cached,
+    fresh_lora,
     interval,
     load_rewards,
     make_pipeline,
     read_prompts,
     sampler_settings,
     shown,
+    slug,
     write_table,
 )
 from ipgo_engine import OptimizeConfig, train_tokens
 from ipgo_engine.generators.diffusers import DiffusersGenerator
 
-FRESH = (1001, 1002, 1003)  # seeds nothing was trained on
 GAINS = ("target", "held-out", "fresh seeds")
-NAME = "draft"
 
 
 class Bench:
@@ -89,17 +90,9 @@ class Bench:
 
     def _draft(self, prompt: str, seed: int, rate: float) -> dict[str, Any]:
         """Adam on a fresh LoRA; the best update counts."""
-        from peft import LoraConfig
-
         noise, fresh = self.generator.draw_noise([seed]), self.generator.draw_noise(FRESH)
         first, raw = self._image(prompt, noise), self._score(self._image(prompt, fresh), prompt)
-        torch.manual_seed(seed)  # of the LoRA's start
-        modules = ["to_q", "to_k", "to_v", "to_out.0"]
-        self.unet.add_adapter(
-            LoraConfig(r=self.options.rank, lora_alpha=self.options.rank, target_modules=modules), NAME
-        )
-        try:
-            learned = [p for p in self.unet.parameters() if p.requires_grad]
+        with fresh_lora(self.unet, self.options.rank, seed) as learned:
             optimizer = torch.optim.Adam(learned, lr=rate)
             start = self._score(first, prompt)
             best, image = start, first
@@ -118,8 +111,6 @@ class Bench:
                 for parameter, value in zip(learned, kept, strict=True):
                     parameter.copy_(value)
             after = self._score(self._image(prompt, fresh), prompt)
-        finally:
-            self.unet.delete_adapters(NAME)
         judged = self._held_out([first, image], prompt)
         return {
             "target": (best - start).tolist(),
@@ -170,7 +161,7 @@ def main() -> None:
     rates = "_".join(f"{rate:g}" for rate in (*options.lora_lr, *options.token_lr))
     settings = f"{options.seeds}-seeds-{options.epochs}-updates-rank-{options.rank}-rates-{rates}"
     for prompt in read_prompts(options):
-        path = options.out / settings / f"{prompt.replace(' ', '_')}.json"
+        path = options.out / settings / f"{slug(prompt)}.json"
         cells[prompt] = cached(path, lambda p=prompt: bench.run(p))
         print(prompt, {k: f"{sum(v['target']) / len(v['target']):.3f}" for k, v in cells[prompt].items()}, flush=True)
     print(report(cells, options))

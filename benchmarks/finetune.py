@@ -21,20 +21,20 @@ from torch import Tensor
 from benchmarks.common import (
     add_generator_options,
     add_prompt_options,
+    fresh_lora,
     interval,
     load_rewards,
     make_pipeline,
     read_prompts,
     sampler_settings,
     shown,
+    slug,
     write_table,
 )
 from ipgo_engine import NoiseConfig, optimize_noise
 from ipgo_engine.generators.diffusers import DiffusersGenerator
 
 FRESH = tuple(range(1001, 1009))  # seeds nothing was trained on
-NAME = "finetune"
-MODULES = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 class Bench:
@@ -48,7 +48,7 @@ class Bench:
 
     def pictures(self, prompt: str) -> dict[str, Tensor]:
         """`plain` and `optimized` (seeds, 3, H, W), and their rewards."""
-        path = self.options.out / self._settings() / f"{prompt.replace(' ', '_')}.safetensors"
+        path = self.options.out / self._settings() / f"{slug(prompt)}.safetensors"
         if not path.exists():
             options, seeds = self.options, range(self.options.seeds)
             config = NoiseConfig(
@@ -82,17 +82,11 @@ class Bench:
 
     def trained_on(self, images: Tensor, prompts: list[str]) -> dict[str, list[float]]:
         """Scores after training a fresh LoRA with the denoising loss on these pictures."""
-        from peft import LoraConfig
-
         options, unet, vae = self.options, self.pipeline.unet, self.pipeline.vae
         latents = self._encoded(images) * vae.config.scaling_factor
         embeddings = self.generator.encode(prompts).embeddings
         random = torch.Generator().manual_seed(0)
-        torch.manual_seed(0)  # of the LoRA's start
-        lora = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules=MODULES)
-        unet.add_adapter(lora, NAME)
-        try:
-            learned = [p for p in unet.parameters() if p.requires_grad]
+        with fresh_lora(unet, options.rank, seed=0) as learned:
             optimizer = torch.optim.Adam(learned, lr=options.lora_lr)
             for _ in range(options.updates):
                 rows = torch.randint(len(latents), (options.batch,), generator=random)
@@ -104,9 +98,7 @@ class Bench:
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
                 optimizer.step()
-            return self.fresh(sorted(set(prompts), key=prompts.index))
-        finally:
-            unet.delete_adapters(NAME)
+            return self.fresh(list(dict.fromkeys(prompts)))
 
     @torch.no_grad()
     def _encoded(self, images: Tensor) -> Tensor:

@@ -119,14 +119,14 @@ def main() -> None:
     steps = sorted({round(options.iterations * f) for f in (0, 0.05, 0.1, 0.25, 0.5, 0.75, 1)})
     options.out.mkdir(parents=True, exist_ok=True)
     albums, histories, rows = {}, {}, []
-    noises = noise_rows("fresh", generator.draw_noise(range(20)))
+    noises = [noise_row("fresh", generator.draw_noise(range(20)))]
     for name, (config, channel_dim) in configurations(options).items():
         album = Album(steps)
         with patch("ipgo_engine.problems.CHANNEL_DIM", channel_dim):
             result = optimize_noise(generator, driven, prompts, config, album, seeds=seeds, monitors=monitors)
         albums[name], histories[name] = album, result.history
         rows += table_rows(name, album, driven, list(monitors), prompts, result)
-        noises += noise_rows(name, result.best)
+        noises.append(noise_row(name, result.best))
         print()
     figure(albums, histories, monitors[0].name, options.out / "figure.png")
     what = f"{options.model or 'demo model'}: {len(texts)} black things x {options.seeds} seeds"
@@ -134,7 +134,7 @@ def main() -> None:
     print(write_table(noises, options.out / "noises", f"{what}: the brightest pictures' noises"))
 
 
-def noise_rows(name: str, noise: Tensor) -> list[dict[str, Any]]:
+def noise_row(name: str, noise: Tensor) -> dict[str, Any]:
     """P(z) with and without the channels put together, smallest and largest, and how far a channel's mean is off."""
     measure = NoiseRegularizer().measure
     chances = {"as stored": measure(noise)[1], "channels together": measure(noise, CHANNEL_DIM)[1]}
@@ -142,7 +142,7 @@ def noise_rows(name: str, noise: Tensor) -> list[dict[str, Any]]:
     for what, values in chances.items():
         row[f"P(z), {what}"] = f"{float(values.min()):.2g} to {float(values.max()):.2g}"
     row["largest channel mean"] = f"{float(noise.mean(dim=(3, 4)).abs().max()):.2f}"
-    return [row]
+    return row
 
 
 @torch.no_grad()
