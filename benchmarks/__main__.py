@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 DEMO = "--steps 8 --eta 0"
+LENGTHS = Path(__file__).parent / "demo_length_prompts.txt"  # ten short, ten medium, ten long
 PAPER = "--steps 50 --guidance 7.5 --size 512"
 
 
@@ -52,11 +53,15 @@ def demo_commands(quick: bool) -> list[Command]:
         "plain rotation category batch backprop preset one-word basis lengths rate scale seeds"
     )  # fmt: skip
     noise_questions = "regularizer" if quick else "regularizer black-box which mu block permutations"
+    lengths = f"--list {shlex.quote(str(LENGTHS))} --prompts 30 --question short-prompts medium-prompts long-prompts"
+    if quick:
+        lengths = f"--list {shlex.quote(str(LENGTHS))} --question short-prompts"
     return [
         Command("compare", "compare_methods", f"{compare} {tokens} {noise} {size}", shared=True),
         Command("claims", "claims", f"--epochs {updates} {claims} --question constraints", shared=True),
         Command("claims", "claims", f"--epochs {2 if quick else 4} {claims} --question {token_questions}", shared=True),
         Command("claims", "claims", f"--epochs {least} {claims} --question {noise_questions}", shared=True),
+        Command("claims", "claims", f"--epochs {2 if quick else 4} {claims} {lengths}", shared=True),
         Command("claims", "claims", f"{size} --question degenerate"),
         Command("whiteness", "whiteness", f"--learning-rate 0.05 --backprop 3 --iterations {4 if quick else 30}"),
         Command("cheaper", "cheaper_updates", f"--learning-rate 0.02 --epochs {updates} {small}"),

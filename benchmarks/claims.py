@@ -43,7 +43,9 @@ from benchmarks.degenerate import degenerate_table
 from ipgo_engine import NoiseConfig, OptimizeConfig, optimize_noise, rewards, train_tokens
 
 CATEGORIES = Path(__file__).parent / "demo_categories.txt"
+RARE = ("size", "first_seed", "reward_path", "held_out_path", "categories")
 GAINS = ("target", "held-out", "fresh seeds", "unseen prompts", "unseen categories")
+Cells = dict[str, dict[str, Any]]  # what was found, by unit
 
 
 class Runner:
@@ -53,7 +55,7 @@ class Runner:
         self.options, self._generators, self._raw = options, {}, {}
         target, held_out = load_rewards(options)
         self._rewards = {options.reward: target, options.held_out: held_out}
-        self.seeds = tuple(range(options.seeds))
+        self.seeds = tuple(range(options.first_seed, options.first_seed + options.seeds))
 
     def generator(self, entry: Entry) -> tuple[Any, Any]:
         """The sampler of an entry and its evaluation counter; one per setting."""
@@ -141,7 +143,8 @@ class Unit:
 def units(entry: Entry, prompts: Sequence[str], categories: Sequence[list[str]]) -> list[Unit]:
     """One per prompt, or per whole group."""
     if entry.batch == 1:
-        return [Unit([prompt]) for prompt in prompts if entry.words in (None, len(prompt.split()))]
+        fewest, most = entry.words
+        return [Unit([prompt]) for prompt in prompts if fewest <= len(prompt.split()) <= most]
     if entry.among == "list":
         return [Unit(group, [p for p in prompts if p not in group][:10]) for group in groups(prompts, entry.batch)]
     if entry.among == "category":
@@ -164,15 +167,20 @@ def groups(prompts: Sequence[str], size: int) -> list[list[str]]:
 def cell(out: Path, entry: Entry, options: argparse.Namespace, unit: Unit) -> Path:
     """The file of one (settings, unit): everything that determines the result is in its name."""
     shared = {k: getattr(options, k) for k in ("model", "steps", "guidance", "sampler", "eta", "held_out", "seeds")}
+    # What is rarely given counts only where it is, so that it does not change the other names.
+    shared |= {k: str(v) for k in RARE if (v := getattr(options, k))}
     kind = type(entry.config).__name__
     what = [kind, asdict(entry.config), shared | entry.generator, entry.reward or options.reward, unit.unseen]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
-    name = "-".join("".join(c if c.isalnum() else "_" for c in prompt) for prompt in unit.prompts)[:80]
+    name = "-".join("".join(c if c.isalnum() else "_" for c in prompt) for prompt in unit.prompts)
+    if len(name) > 80:
+        name = f"{name[:70]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return out / "cells" / digest / f"{name}.json"
 
 
-def table_row(entry: Entry, done: dict[str, dict[str, Any]], reference: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def table_row(entry: Entry, done: Cells, others: Sequence[Cells]) -> dict[str, Any]:
     """Means with 95 % intervals over units, and the difference to the question's first entry, paired by unit."""
+    reference = others[0]
     row: dict[str, Any] = {"setting": entry.label, "units": len(done)}
     for key in GAINS:
         values = [(unit, v) for unit, found in done.items() for v in found.get(key, [])]
@@ -181,6 +189,9 @@ def table_row(entry: Entry, done: dict[str, dict[str, Any]], reference: dict[str
     pairs = [(u, float(np.mean(done[u]["target"]) - np.mean(reference[u]["target"]))) for u in both]
     same = done is reference or not pairs
     row["minus first"] = "" if same else shown(interval([v for _, v in pairs], [u for u, _ in pairs]))
+    shared = [u for u in done if all(u in cells for cells in others)]
+    best = [u for u in shared if np.mean(done[u]["target"]) >= max(np.mean(cells[u]["target"]) for cells in others)]
+    row["best for"] = f"{len(best)} of {len(shared)}" if shared else ""
     chances = [v for found in done.values() for v in found["P(z)"]]
     row["P(z) median"] = f"{np.median(chances):.2g}" if chances else ""
     row["evaluations"] = round(float(np.mean([found["evaluations"] for found in done.values()])))
@@ -190,7 +201,7 @@ def table_row(entry: Entry, done: dict[str, dict[str, Any]], reference: dict[str
 
 def report(name: str, jobs: Sequence[tuple[Entry, Sequence[Unit]]], options: argparse.Namespace) -> str:
     """Table and figure of one question, of the cells that are there."""
-    found: list[tuple[Entry, dict[str, dict[str, Any]]]] = []
+    found: list[tuple[Entry, Cells]] = []
     for entry, members in jobs:
         files = {" / ".join(unit.prompts): cell(options.out, entry, options, unit) for unit in members}
         done = {unit: json.loads(file.read_text()) for unit, file in files.items() if file.exists()}
@@ -198,7 +209,7 @@ def report(name: str, jobs: Sequence[tuple[Entry, Sequence[Unit]]], options: arg
             found.append((entry, done))
     if not found:
         return f"{name}: nothing measured yet\n"
-    rows = [table_row(entry, done, found[0][1]) for entry, done in found]
+    rows = [table_row(entry, done, [cells for _, cells in found]) for entry, done in found]
     kept = [name for name in rows[0] if any(row[name] != "" for row in rows)]
     rows = [{name: row[name] for name in kept} for row in rows]
     draw(name, found, options.out / f"{name}.png")
@@ -209,7 +220,7 @@ def report(name: str, jobs: Sequence[tuple[Entry, Sequence[Unit]]], options: arg
     return write_table(rows, options.out / name, title)
 
 
-def draw(name: str, found: list[tuple[Entry, dict[str, dict[str, Any]]]], path: Path) -> None:
+def draw(name: str, found: list[tuple[Entry, Cells]], path: Path) -> None:
     """Every gain of every setting, with its interval."""
     keys = [key for key in GAINS if any(f.get(key) for _, done in found for f in done.values())]
     fig = Figure(figsize=(3 * len(keys), 0.4 * len(found) + 1.2), layout="constrained")
@@ -238,14 +249,15 @@ def main() -> None:
     parser.add_argument("--noise-lr", type=float, default=1e-2)
     parser.add_argument("--token-backprop", type=int, default=1, help="K; 0 for all model steps")
     parser.add_argument("--noise-backprop", type=int, default=0, help="K; 0 for all model steps")
-    parser.add_argument("--categories", type=Path, default=CATEGORIES, help="lines `name: prompt, prompt, ...`")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--categories", type=Path, help="lines `name: prompt, prompt, ...` (default: the demo model's)")
     parser.add_argument("--released-basis", type=int, default=15, help="N of the released-code preset (30 on SD1.5)")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th unit, starting with the i-th")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--out", type=Path, default=Path("results/claims"))
     options = parser.parse_args()
     prompts = read_prompts(options)
-    categories = read_categories(options.categories)
+    categories = read_categories(options.categories or CATEGORIES)
     index, count = (int(part) for part in options.shard.split("/"))
     table, runner = questions(budget_of(options)), None if options.report else Runner(options)
     for name in options.question:

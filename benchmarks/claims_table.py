@@ -19,7 +19,7 @@ class Entry:
     reward: str | None = None  # another target than the command line's
     batch: int = 1  # prompts that share one set of tokens
     among: str = "list"  # whom they share them with: "list" as they come, "category" its own, "mixed" one of each
-    words: int | None = None  # only prompts of that many words
+    words: tuple[int, int] = (1, 1000)  # only prompts of so many words, from and to
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,10 @@ def token_questions(b: Budget) -> dict[str, list[Entry]]:
     notebook = replace(notebook, learning_rate=b.token_rate, backprop_steps=b.token_backprop)
     pairs = [(p, s) for p in reversed(lengths) for s in reversed(lengths) if p + s]
     shared = replace(tokens(b), decay=1.0)
+
+    def both(length: int) -> OptimizeConfig:
+        return tokens(b, {"prefix_length": length, "suffix_length": length})
+
     return {
         "constraints": [
             Entry("V + C + O", tokens(b)),
@@ -73,9 +77,10 @@ def token_questions(b: Budget) -> dict[str, list[Entry]]:
         "basis": [Entry(f"N = {n}", tokens(b, {"basis_size": n})) for n in sorted(sizes, key=lambda n: n != 30)],
         "lengths": [Entry(f"{p} + {s}", tokens(b, {"prefix_length": p, "suffix_length": s})) for p, s in pairs],
         "scale": [Entry(f"tokens x {s:g}", tokens(b, {"scale": s})) for s in (1.0, 3.0, 10.0)],
-        "one-word": [
-            Entry(f"{n} + {n}", tokens(b, {"prefix_length": n, "suffix_length": n}), words=1) for n in (10, 5, 20, 40)
-        ],
+        "one-word": [Entry(f"{n} + {n}", both(n), words=(1, 1)) for n in (10, 5, 20, 40)],
+        "short-prompts": [Entry(f"{n} + {n}", both(n), words=(1, 2)) for n in (10, 2, 15)],
+        "medium-prompts": [Entry(f"{n} + {n}", both(n), words=(3, 8)) for n in (10, 2, 15)],
+        "long-prompts": [Entry(f"{n} + {n}", both(n), words=(9, 1000)) for n in (10, 2, 15)],
         "backprop": [Entry(f"K = {k or 'all'}", tokens(b, backprop_steps=k)) for k in (None, 1, 2, 4)],
         "rate": [Entry(f"lr {r:g}", tokens(b, learning_rate=r)) for r in scaled(b.token_rate, 0.05, 0.3, 3)],
         "preset": [Entry("paper", tokens(b)), Entry("released-code", notebook)],

@@ -1,4 +1,4 @@
-"""Raw prompt, Best-of-N at equal cost, IPGO, noise with and without regularizer, joint: one table with intervals.
+"""Raw prompt, Best-of-N and random search at equal cost, IPGO, noise with and without regularizer, joint: one table.
 
     python -m benchmarks.compare_methods --out results/compare [--shard 0/4] [--report]
 
@@ -10,6 +10,7 @@ says otherwise; scores of the demo model say nothing about SD1.5.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -84,6 +85,7 @@ class Bench:
         return {
             "raw": self._raw,
             "best-of-n": self._best_of_n,
+            "random search": self._random_search,
             "ipgo": self._ipgo,
             "noise": lambda prompt: self._noise(prompt, self.noise),
             "noise, no regularizer": lambda prompt: self._noise(prompt, free),
@@ -124,6 +126,27 @@ class Bench:
                     row[key] += value
             rows.append(row | {"thumbnails": records_only(row["target"], row["thumbnails"])})
         return {"candidates": rows}
+
+    @torch.no_grad()
+    def _random_search(self, prompt: str) -> dict[str, Any]:
+        """Hill climbing from every seed: a step between the best noise and fresh noise, which is Gaussian again."""
+        pools: list[dict[str, list[Any]]] = [
+            {"target": [], "held_out": [], "probability": [], "thumbnails": []} for _ in self.seeds
+        ]
+        conditioning = self.generator.encode([prompt]).select([0] * len(self.seeds))
+        best, top = self.generator.draw_noise(self.seeds), torch.full((len(self.seeds),), -math.inf)
+        angle = self.options.search_angle
+        for turn in range(self.options.most):
+            fresh = self.generator.draw_noise([20_000 * (seed + 1) + turn for seed in self.seeds])
+            noise = math.cos(angle) * best + math.sin(angle) * fresh if turn else best
+            found = self._scores(self.generator.generate(conditioning, noise), prompt, noise)
+            for i, row in enumerate(pools):
+                for key, values in found.items():
+                    row[key].append(values[i])
+            scores = torch.tensor(found["target"])
+            better = (scores > top).to(best.device).view(-1, *[1] * (best.ndim - 1))
+            best, top = torch.where(better, noise, best), torch.maximum(scores, top)
+        return {"candidates": [row | {"thumbnails": records_only(row["target"], row["thumbnails"])} for row in pools]}
 
     def _ipgo(self, prompt: str) -> dict[str, Any]:
         """Tokens of their own for every seed, as in the paper's prompt-wise training."""
@@ -197,7 +220,8 @@ def main() -> None:
     parser.add_argument("--noise-lr", type=float, default=1e-2)
     parser.add_argument("--free-lr", type=float, default=1e-3, help="noise learning rate without the regularizer")
     parser.add_argument("--which", default="all", choices=["initial", "all"], help="which noise is optimized")
-    parser.add_argument("--most", type=int, default=256, help="candidates per seed for Best-of-N")
+    parser.add_argument("--most", type=int, default=256, help="candidates per seed for Best-of-N and random search")
+    parser.add_argument("--search-angle", type=float, default=0.5, help="radians between a random search's candidates")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th prompt, starting with the i-th")

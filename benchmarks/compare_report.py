@@ -13,11 +13,11 @@ from PIL import Image
 
 from benchmarks.common import cached, interval, shown, slug, write_table
 
-METHODS = ("raw", "best-of-n", "ipgo", "noise", "noise, no regularizer", "joint")
+METHODS = ("raw", "best-of-n", "random search", "ipgo", "noise", "noise, no regularizer", "joint")
 LEARNING = ("ipgo", "noise", "joint")
 ORDER = (
-    "raw", "best of N for ipgo", "ipgo", "best of N for noise", "noise, no regularizer", "noise",
-    "best of N for joint", "joint",
+    "raw", "best of N for ipgo", "ipgo", "best of N for noise", "random search for noise", "noise, no regularizer",
+    "noise", "best of N for joint", "joint",
 )  # fmt: skip
 START, END = "<!-- results: python -m benchmarks.compare_methods --report --readme -->", "<!-- end of results -->"
 Found = dict[str, dict[str, dict[str, Any]]]  # method -> prompt -> scores, one per seed
@@ -35,7 +35,7 @@ def pick(candidates: list[dict[str, list[float]]], count: int) -> dict[str, list
 
 
 def collect(out: Path, prompts: list[str]) -> Found:
-    """What is there, with Best-of-N, if it was run, at the cost of each learning method.
+    """What is there, with Best-of-N at the cost of each learning method and random search at that of noise.
 
     Prompts that lack a baseline are left out.
     """
@@ -43,17 +43,23 @@ def collect(out: Path, prompts: list[str]) -> Found:
     for method in METHODS:
         files = {p: path_of(out, method, p) for p in prompts}
         found[method] = {p: cached(f, dict) for p, f in files.items() if f.exists()}
-    candidates, raw = found.pop("best-of-n"), found["raw"]
+    candidates, searched, raw = found.pop("best-of-n"), found.pop("random search"), found["raw"]
     complete = {p for p in prompts if p in raw and (p in candidates or not candidates)}
     found = {method: {p: row for p, row in rows.items() if p in complete} for method, rows in found.items()}
-    for method in LEARNING if candidates else ():
-        for prompt, scores in found[method].items():
-            per_image = raw[prompt]["evaluations"]
-            most = len(candidates[prompt]["candidates"][0]["target"])
-            count = min(most, max(1, round(scores["evaluations"] / per_image)))
-            row = pick(candidates[prompt]["candidates"], count) | {"evaluations": count * per_image, "n": count}
-            found.setdefault(f"best of N for {method}", {})[prompt] = row
+    pools = [(f"best of N for {method}", candidates, method) for method in LEARNING]
+    for name, pool, method in [*pools, ("random search for noise", searched, "noise")]:
+        found[name] = {
+            prompt: at_equal_cost(pool[prompt]["candidates"], scores["evaluations"], raw[prompt]["evaluations"])
+            for prompt, scores in found[method].items()
+            if prompt in pool
+        }
     return {method: rows for method, rows in found.items() if rows}
+
+
+def at_equal_cost(pool: list[dict[str, list[float]]], cost: float, per_image: float) -> dict[str, Any]:
+    """The best of as many candidates as the cost pays for."""
+    count = min(len(pool[0]["target"]), max(1, round(cost / per_image)))
+    return pick(pool, count) | {"evaluations": count * per_image, "n": count}
 
 
 def gain(found: Found, method: str, key: str, base: str = "raw") -> tuple[float, float, float]:
@@ -101,6 +107,7 @@ def table_row(found: Found, method: str) -> dict[str, Any]:
 PLAIN = {
     "raw": "your prompt as it is",
     "best of N for noise": "best of {n} random seeds",
+    "random search for noise": "random search around the best seed",
     "ipgo": "IPGO tokens",
     "noise": "noise, regularized",
     "noise, no regularizer": "noise, not regularized",
@@ -135,16 +142,18 @@ def put_into_readme(out: Path, prompts: list[str]) -> None:
 
 
 def versus(found: Found) -> str:
-    """Paired differences against Best-of-N at equal cost, and against plain noise optimization."""
-    lines = []
-    for method in LEARNING:
-        rival = f"best of N for {method}"
-        if rival not in found:
+    """Paired differences against Best-of-N at equal cost, and of random search against both."""
+    lines, search = [], "random search for noise"
+    pairs = [(method, f"best of N for {method}") for method in LEARNING]
+    for method, rival in [*pairs, (search, "best of N for noise"), ("noise", search)]:
+        if method not in found or rival not in found:
             continue
-        count = np.mean([row["n"] for row in found[rival].values()])
+        both = {m: {p: found[m][p] for p in found[method] if p in found[rival]} for m in (method, rival)}
+        count = np.mean([row["n"] for row in both[rival].values()])
         for key in ("target", "held_out"):
-            triple = gain(found, method, key, rival)
-            lines.append(f"- {method} minus best of {count:.0f}, {key.replace('_', '-')}: {shown(triple)}")
+            triple = gain(both, method, key, rival)
+            name = rival.split(" for ")[0].replace("of N", f"of {count:.0f}")
+            lines.append(f"- {method} minus {name}, {key.replace('_', '-')}: {shown(triple)}")
     return "\n" + "\n".join(lines) + "\n"
 
 

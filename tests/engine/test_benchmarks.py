@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import shlex
 
@@ -9,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.__main__ import demo_commands, paper_commands
-from benchmarks.claims import CATEGORIES, groups, read_categories, units
+from benchmarks.__main__ import LENGTHS, demo_commands, paper_commands
+from benchmarks.claims import CATEGORIES, Unit, cell, groups, read_categories, units
 from benchmarks.claims_table import Budget, Entry, questions
 from benchmarks.common import PROMPTS, EvaluationCounter, cached, interval, write_table
-from benchmarks.compare_report import pick
+from benchmarks.compare_report import at_equal_cost, pick
 from ipgo_engine import OptimizeConfig
 from ipgo_engine.recompute import recompute
 
@@ -63,6 +64,9 @@ def test_best_of_n_looks_at_the_first_n_and_at_the_target_alone():
     seed = {"target": [0.1, 0.5, 0.3, 0.9], "held_out": [1.0, 0.0, 1.0, 0.2]}
     assert pick([seed, seed], 3) == {"target": [0.5, 0.5], "held_out": [0.0, 0.0]}
     assert pick([seed], 4)["target"] == [0.9]
+    # 18 evaluations pay for two pictures of 8, however many candidates there are; nothing pays for more than there are
+    assert at_equal_cost([seed], 18.0, 8.0)["target"] == [0.5]
+    assert at_equal_cost([seed], 1000.0, 8.0)["n"] == 4
 
 
 def test_prompts_of_the_transfer_test_were_not_trained_on():
@@ -103,6 +107,21 @@ def test_suite_asks_questions_that_exist(commands):
         words = shlex.split(command.arguments)
         if "--question" in words:
             assert set(words[words.index("--question") + 1 :]) <= known
+
+
+def test_prompts_by_length_are_ten_each_and_long_names_stay_apart(tmp_path):
+    prompts = LENGTHS.read_text().splitlines()
+    table = questions(Budget(1, 1e-3, 1e-2, None, None, 1))
+    for name in ("short-prompts", "medium-prompts", "long-prompts"):
+        assert {len(units(entry, prompts, [])) for entry in table[name]} == {10}
+    options = argparse.Namespace(
+        model=None, steps=8, guidance=4, sampler="ddim", eta=0, held_out="a", seeds=1, reward="b",
+        size=None, first_seed=0, reward_path=None, held_out_path=None, categories=None,
+    )  # fmt: skip
+    entry, same = table["long-prompts"][0], "a very long prompt " * 10
+    files = {cell(tmp_path, entry, options, Unit([same + end])) for end in ("with a cat", "with a dog")}
+    options.size = 512
+    assert len(files | {cell(tmp_path, entry, options, Unit([same + "with a cat"]))}) == 3
 
 
 def test_an_interrupted_cell_is_computed_again_and_a_whole_one_is_not(tmp_path):
