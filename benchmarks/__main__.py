@@ -67,7 +67,7 @@ def demo_commands(quick: bool) -> list[Command]:
         Command("cheaper", "cheaper_updates", f"--learning-rate 0.02 --epochs {updates} {small}"),
         Command("draft", "draft", f"--epochs {3 if quick else 12} --token-lr 0.02 {size}"),
         Command("finetune", "finetune", f"{noise} {size} --iterations {least} --updates {20 if quick else 300}"),
-        Command("robust", "robust_effect", f"--iterations {5 if quick else 30} --prompts {2 if quick else 6}"),
+        Command("robust", "robust_effect", f"{noise} --iterations {5 if quick else 30} --prompts {2 if quick else 6}"),
         *toys(quick),
         Command("iteration_cost", "iteration_cost", f"--repeats {1 if quick else 3}", samples=False),
         Command("comfy_iteration", "comfy_iteration", f"--repeats {1 if quick else 3}", samples=False),
