@@ -13,13 +13,16 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.common import write_table
 from ipgo_engine import IPGOTokens, NoiseRegularizer, TokenConfig, demo
+from ipgo_engine.generators.denoiser import Guidance, call
 from ipgo_engine.generators.diffusers import DiffusersGenerator
 from ipgo_engine.generators.samplers import make_scheduler
 from ipgo_engine.noise import CHANNEL_DIM
@@ -87,19 +90,45 @@ class Clock:
         return statistics.median(times), peak
 
 
+class HalfStored(DiffusersGenerator):
+    """Stores the activations of the last half of the model steps and of the decoder, recomputes the others."""
+
+    def _prediction(self, timestep: Tensor, guidance: Guidance) -> Callable[[Tensor, Tensor], Tensor]:
+        predict = super()._prediction(timestep, guidance)
+        stored = timestep < self._sampler.timesteps[(self.steps - 1) // 2]
+        return predict if stored else partial(call, predict, grad=True, checkpoint=True)
+
+
 class Steps:
     """One optimization step of each method on one picture; the reward is the mean pixel, which costs nothing."""
 
     def __init__(self, pipeline: Any, steps: int, size: int, eta: float) -> None:
         self.pipeline, self.size, self.eta, self.count = pipeline, size, eta, steps
-        self.generator = DiffusersGenerator(
-            pipeline, sampler="ddim", eta=eta, steps=steps, guidance_scale=7.5, width=size, height=size
-        )
+        settings: dict[str, Any] = {"sampler": "ddim", "eta": eta, "steps": steps, "width": size, "height": size}
+        self.generator = DiffusersGenerator(pipeline, guidance_scale=7.5, **settings)
+        self.half_stored = HalfStored(pipeline, guidance_scale=7.5, **settings)
         self.conditioning = self.generator.encode(["red heart"])
         self.noise = self.generator.draw_noise([0]).requires_grad_()
         basis = min(30, self.generator.dim)
         self.tokens = IPGOTokens(self.generator.dim, TokenConfig(basis_size=basis)).to(self.generator.device)
         self.regularizer = NoiseRegularizer()
+
+    def calls(self, kind: str) -> dict[str, Callable[[], None]]:
+        """What is measured, by name. "compiled" compiles the pipeline, and everything after it runs compiled."""
+        if kind == "compiled":
+            self.pipeline.unet.compile()
+            self.pipeline.vae.decoder.compile()
+            stored = "noise step, all steps, stored, compiled"
+            return {"stock pipeline, compiled": self.stock, stored: lambda: self.noise_step(self.generator, False)}
+        both = {"stock pipeline": self.stock, "engine, no gradient": self.plain}
+        if kind == "tokens":
+            return both | {f"IPGO step, K = {k}": partial(self.token_step, k) for k in (1, 2)}
+        return both | {
+            "noise step, all steps, recomputed": lambda: self.noise_step(self.generator, True),
+            "noise step, all steps, half of them stored": lambda: self.noise_step(self.half_stored, False),
+            "noise step, all steps, stored": lambda: self.noise_step(self.generator, False),
+            "regularizer alone": self.regularize,
+        }
 
     def stock(self) -> None:
         """The pipeline's own call."""
@@ -127,9 +156,9 @@ class Steps:
         image = self.generator.generate(conditioning, self.noise.detach(), backprop_steps=last)
         torch.autograd.grad(image.mean(), list(self.tokens.parameters()))
 
-    def noise_step(self, checkpoint: bool, last: int | None = None) -> None:
+    def noise_step(self, generator: DiffusersGenerator, checkpoint: bool) -> None:
         """Noise with gradients through all model steps, regularizer included."""
-        image = self.generator.generate(self.conditioning, self.noise, backprop_steps=last, checkpoint=checkpoint)
+        image = generator.generate(self.conditioning, self.noise, checkpoint=checkpoint)
         loss = image.mean() + self.regularizer.log_probability(self.noise[0], CHANNEL_DIM - 1)
         torch.autograd.grad(loss, self.noise)
 
@@ -150,6 +179,7 @@ def main() -> None:
     parser.add_argument("--noise-steps", type=int, default=10)
     parser.add_argument("--eta", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="torch.compile as well: minutes, and needs a compiler")
     parser.add_argument("--out", type=Path, default=Path("results/iteration_cost"))
     options = parser.parse_args()
     dtype, clock = getattr(torch, options.dtype), Clock(options.device, options.repeats)
@@ -157,21 +187,13 @@ def main() -> None:
         pipeline = random_sd15(dtype, options.device)
     else:
         pipeline = demo.load_pipeline(dtype=dtype, device=options.device)
-    rows = []
-    for kind, count in (("tokens", options.token_steps), ("noise", options.noise_steps)):
+    rows, unit = [], 0.0
+    kinds = [("tokens", options.token_steps), ("noise", options.noise_steps)]
+    for kind, count in [*kinds, *([("compiled", options.noise_steps)] if options.compile else [])]:
         steps = Steps(pipeline, count, options.size, options.eta)
-        calls: dict[str, Callable[[], None]] = {"stock pipeline": steps.stock, "engine, no gradient": steps.plain}
-        if kind == "tokens":
-            calls["IPGO step, K = 1"] = lambda s=steps: s.token_step(1)
-            calls["IPGO step, K = 2"] = lambda s=steps: s.token_step(2)
-        else:
-            calls["noise step, all steps, recomputed"] = lambda s=steps: s.noise_step(True)
-            calls["noise step, all steps, stored"] = lambda s=steps: s.noise_step(False)
-            calls["regularizer alone"] = steps.regularize
-        unit = 0.0
-        for name, call in calls.items():
-            seconds, peak = clock.measure(call)
-            unit = unit or seconds
+        for name, step in steps.calls(kind).items():
+            seconds, peak = clock.measure(step)
+            unit = seconds if name == "stock pipeline" else unit
             row = {"step": name, "model steps": count, "seconds": f"{seconds:.4f}", "x stock": f"{seconds / unit:.2f}"}
             rows.append(row | {"peak MiB": f"{peak:.0f}" if peak else "not measured"})
             print(rows[-1], flush=True)
