@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -158,10 +159,12 @@ def versus(found: Found) -> str:
 
 
 def figure(found: Found, path: Path, shown_prompts: int = 6) -> None:
-    """Gains with their intervals on the left; pictures of the first prompts, seed 0, on the right."""
-    methods = [m for m in ("best of N for noise", "ipgo", "noise", "joint") if m in found]
-    prompts = sorted(found["raw"])[:: max(1, len(found["raw"]) // shown_prompts)][:shown_prompts]
-    fig = Figure(figsize=(11, 1.35 * (len(methods) + 1) + 0.4), layout="constrained")
+    """Gains with their intervals on the left; on the right seed 0 of the prompts that the raw prompt does worst on."""
+    names = {m: PLAIN[m] for m in PLAIN if m in found and m != "noise, no regularizer"}
+    names = {m: name.format(n=round(found[m][next(iter(found[m]))].get("n", 0))) for m, name in names.items()}
+    methods = [m for m in names if m != "raw"]
+    prompts = sorted(found["raw"], key=lambda p: found["raw"][p]["target"][0])[:shown_prompts]
+    fig = Figure(figsize=(12, 1.35 * len(names) + 0.6), layout="constrained")
     left, right = fig.subfigures(1, 2, width_ratios=[1, 1.7])
     bars = left.subplots()
     for offset, key, label in ((-0.19, "target", "the reward that was optimized"), (0.19, "held_out", "held-out")):
@@ -170,19 +173,20 @@ def figure(found: Found, path: Path, shown_prompts: int = 6) -> None:
         places = np.arange(len(methods)) + offset
         bars.barh(places, means, 0.36, xerr=[means - low, high - means], capsize=3, label=label)
     bars.axvline(0, color="black", lw=0.8)
-    bars.set_yticks(range(len(methods)), methods)
+    bars.set_yticks(range(len(methods)), [fill(names[m], 18) for m in methods])
     bars.invert_yaxis()
-    bars.set_xlabel("gain over the raw prompt, 95 % interval", fontsize=8)
+    bars.set_xlabel("gain over the prompt as it is, 95 % interval", fontsize=8)
     bars.legend(fontsize=7)
-    grid = right.subplots(len(methods) + 1, len(prompts), squeeze=False)
-    for row, method in zip(grid, ["raw", *methods], strict=True):
+    right.suptitle(f"first seed of the {len(prompts)} prompts that score lowest as they are", fontsize=9)
+    grid = right.subplots(len(names), len(prompts), squeeze=False)
+    for row, (method, name) in zip(grid, names.items(), strict=True):
         for ax, prompt in zip(row, prompts, strict=True):
             picture = found[method].get(prompt, {}).get("thumbnails", [None])[0]
             if picture is not None:
                 ax.imshow(Image.open(io.BytesIO(base64.b64decode(picture))))
             ax.set_xticks([])
             ax.set_yticks([])
-        row[0].set_ylabel(method, fontsize=7)
+        row[0].set_ylabel(fill(name, 14), fontsize=7)
     for ax, prompt in zip(grid[0], prompts, strict=True):
         ax.set_title(prompt, fontsize=8)
     fig.savefig(path, dpi=110)
