@@ -1,15 +1,16 @@
 """The whole suite: every question's command, one after the other.
 
     python -m benchmarks --quick            # a first look on the embedded demo model
-    python -m benchmarks                    # everything on the demo model, with the settings PAPERS.md was made with
+    python -m benchmarks                    # everything on the demo model; PAPERS.md says where it was made with less
     python -m benchmarks --jobs 2           # the long questions shared by two processes
     python -m benchmarks --model FOLDER --reward hpsv2 --reward-path FILE --held-out clip --held-out-path FOLDER
                                             # a diffusers model, the papers' settings: for a GPU
     python -m benchmarks --show             # the commands, without running them
 
-Every command writes table, figure and log below --out and goes on where it stopped, so a second call finishes what the
-first one left. What a command lacks (a ComfyUI, peft, a checkout of the released code) fails that command alone; the
-end says which. Arguments that are not known here go to every command that samples.
+Every command writes its table and its log below --out. Those that run many prompts go on where they stopped, so that a
+second call finishes what the first one left; cells made with other settings are never taken for theirs. Not in here,
+because they need files of others: released_code, reward_models, reward_runs. What a command lacks (a ComfyUI, peft)
+fails that command alone; the end says which. Arguments that are not known here go to every command that samples.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class Command:
     module: str
     arguments: str = ""
     samples: bool = True  # takes the sampler's settings
+    own_list: bool = False  # has prompts of its own: --list is not for it
     shared: bool = False
 
 
@@ -43,14 +45,15 @@ def demo_commands(quick: bool) -> list[Command]:
     """Settings that move the demo model in few updates; the papers' are for models of another size."""
     size = "--prompts 2 --seeds 1" if quick else "--prompts 20 --seeds 3"
     small = size if quick else "--prompts 20 --seeds 1"
+    few = size if quick else "--prompts 20 --seeds 2"
     tokens, noise = "--token-lr 0.02 --token-backprop 0", "--noise-lr 0.1 --noise-backprop 3"
-    updates, least = (2, 2) if quick else (6, 10)
+    updates, least, longest = (2, 2, 4) if quick else (6, 10, 30)
     compare = (
         f"--epochs {2 if quick else 10} --iterations {2 if quick else 20} --most {4 if quick else 48} --free-lr 0.1"
     )
     claims = f"{tokens} {noise} {size}"
     token_questions = "rotation plain" if quick else (
-        "plain rotation category batch backprop preset one-word basis lengths rate scale seeds"
+        "plain rotation category batch backprop preset one-word basis lengths rate scale seeds over-parameterized"
     )  # fmt: skip
     noise_questions = "regularizer" if quick else "regularizer black-box which mu block permutations"
     lengths = f"--list {shlex.quote(str(LENGTHS))} --prompts 30 --question short-prompts medium-prompts long-prompts"
@@ -63,11 +66,11 @@ def demo_commands(quick: bool) -> list[Command]:
         Command("claims", "claims", f"--epochs {least} {claims} --question {noise_questions}", shared=True),
         Command("claims", "claims", f"--epochs {2 if quick else 4} {claims} {lengths}", shared=True),
         Command("claims", "claims", f"{size} --question degenerate"),
-        Command("whiteness", "whiteness", f"--learning-rate 0.05 --backprop 3 --iterations {4 if quick else 30}"),
+        Command("whiteness", "whiteness", f"--learning-rate 0.05 --backprop 3 --iterations {longest}", own_list=True),
         Command("cheaper", "cheaper_updates", f"--learning-rate 0.02 --epochs {updates} {small}"),
         Command("draft", "draft", f"--epochs {3 if quick else 12} --token-lr 0.02 {size}"),
-        Command("finetune", "finetune", f"{noise} {size} --iterations {least} --updates {20 if quick else 300}"),
-        Command("robust", "robust_effect", f"{noise} --iterations {5 if quick else 30} --prompts {2 if quick else 6}"),
+        Command("finetune", "finetune", f"{noise} {few} --iterations {least} --updates {20 if quick else 300}"),
+        Command("robust", "robust_effect", f"{noise} --iterations {longest} --prompts {2 if quick else 6}"),
         *toys(quick),
         Command("iteration_cost", "iteration_cost", f"--repeats {1 if quick else 3}", samples=False),
         Command("comfy_iteration", "comfy_iteration", f"--repeats {1 if quick else 3}", samples=False),
@@ -88,7 +91,7 @@ def paper_commands() -> list[Command]:
     return [
         Command("compare", "compare_methods", "--free-lr 0.001", shared=True),
         Command("claims", "claims", "--released-basis 30", shared=True),
-        Command("whiteness", "whiteness"),
+        Command("whiteness", "whiteness", own_list=True),
         Command("cheaper", "cheaper_updates", "--epochs 50"),
         Command("draft", "draft"),
         Command("finetune", "finetune", "--iterations 50"),
@@ -97,13 +100,23 @@ def paper_commands() -> list[Command]:
     ]
 
 
+def settings_for(command: Command, rest: list[str]) -> list[str]:
+    """What of the command line is for this command."""
+    if not command.samples:
+        return []
+    if command.own_list and "--list" in rest:
+        place = rest.index("--list")
+        return rest[:place] + rest[place + 2 :]
+    return rest
+
+
 def run(command: Command, out: Path, rest: list[str], jobs: int) -> bool:
     """Run one command, in several processes where it can be shared; True when all went well."""
     place = out / command.name
     arguments = [sys.executable, "-m", f"benchmarks.{command.module}", *shlex.split(command.arguments)]
     arguments = [part.replace("OUT", str(place)) for part in arguments]
     arguments += [] if command.module == "block_size" else ["--out", str(place)]
-    arguments += rest if command.samples else []
+    arguments += settings_for(command, rest)
     jobs = jobs if command.shared else 1
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {})
     started, running = time.time(), []
@@ -136,7 +149,7 @@ def main() -> int:
     chosen = [command for command in commands if options.only is None or command.name in options.only]
     if options.show:
         for command in chosen:
-            print("python -m", f"benchmarks.{command.module}", command.arguments, *(rest if command.samples else []))
+            print("python -m", f"benchmarks.{command.module}", command.arguments, *settings_for(command, rest))
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     return sum(not run(command, options.out, rest, options.jobs) for command in chosen)

@@ -25,6 +25,7 @@ from benchmarks.common import (
     add_generator_options,
     add_prompt_options,
     cached,
+    cells_of,
     interval,
     load_rewards,
     make_pipeline,
@@ -189,9 +190,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/cheaper"))
     options = parser.parse_args()
     bench, cells = Bench(options), {}
-    settings = f"{options.seeds}-seeds-{options.epochs}-updates-last-{options.last}-rate-{options.learning_rate:g}"
     for prompt in read_prompts(options):
-        path = options.out / settings / f"{slug(prompt)}.json"
+        path = cells_of(options) / f"{slug(prompt)}.json"
         cells[prompt] = cached(path, lambda p=prompt: bench.run(p))
         print(prompt, {k: f"{sum(v['target']) / len(v['target']):.3f}" for k, v in cells[prompt].items()}, flush=True)
     print(report(cells, options))

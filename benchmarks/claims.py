@@ -71,7 +71,7 @@ class Runner:
         return self._rewards[name]
 
     def run(self, entry: Entry, unit: Unit) -> dict[str, Any]:
-        """Gains per image, P(z), cost; tokens of one prompt and one seed are learned anew for every seed."""
+        """Gains per image, P(z), cost; tokens are learned anew for every seed, unless the entry's seeds share them."""
         prompts = unit.prompts
         generator, counter = self.generator(entry)
         target = self.reward(entry.reward or self.options.reward)
@@ -79,9 +79,9 @@ class Runner:
         started = time.perf_counter()
         results: list[Any] = []
         if isinstance(entry.config, OptimizeConfig):
-            alone = entry.batch == 1 and len(entry.config.seeds) == 1
-            seeds = [(seed,) for seed in self.seeds] if alone else [entry.config.seeds]
-            configs = [replace(entry.config, seeds=s) for s in seeds]
+            seeds = [(seed,) for seed in self.seeds] if len(entry.config.seeds) == 1 else [entry.config.seeds]
+            draw = self.options.draw
+            configs = [replace(entry.config, seeds=s, seed=s[0] if draw is None else draw) for s in seeds]
             results = [train_tokens(generator, target, list(prompts), config) for config in configs]
         elif isinstance(entry.config, NoiseConfig):
             rows = [prompt for prompt in prompts for _ in self.seeds]
@@ -169,6 +169,10 @@ def cell(out: Path, entry: Entry, options: argparse.Namespace, unit: Unit) -> Pa
     shared = {k: getattr(options, k) for k in ("model", "steps", "guidance", "sampler", "eta", "held_out", "seeds")}
     # What is rarely given counts only where it is, so that it does not change the other names.
     shared |= {k: str(v) for k in RARE if (v := getattr(options, k))}
+    if isinstance(entry.config, OptimizeConfig):
+        several = options.draw is None and (options.seeds > 1 or options.first_seed > 0)
+        shared |= {"draw": "as the image"} if several else {"draw": options.draw} if options.draw else {}
+        shared |= {"elsewhere": unit.elsewhere} if unit.elsewhere else {}
     kind = type(entry.config).__name__
     what = [kind, asdict(entry.config), shared | entry.generator, entry.reward or options.reward, unit.unseen]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
@@ -250,6 +254,7 @@ def main() -> None:
     parser.add_argument("--token-backprop", type=int, default=1, help="K; 0 for all model steps")
     parser.add_argument("--noise-backprop", type=int, default=0, help="K; 0 for all model steps")
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--draw", type=int, help="seed of the tokens' first values (default: the image's own seed)")
     parser.add_argument("--categories", type=Path, help="lines `name: prompt, prompt, ...` (default: the demo model's)")
     parser.add_argument("--released-basis", type=int, default=15, help="N of the released-code preset (30 on SD1.5)")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th unit, starting with the i-th")

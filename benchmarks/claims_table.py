@@ -78,6 +78,10 @@ def token_questions(b: Budget) -> dict[str, list[Entry]]:
         "lengths": [Entry(f"{p} + {s}", tokens(b, {"prefix_length": p, "suffix_length": s})) for p, s in pairs],
         "scale": [Entry(f"tokens x {s:g}", tokens(b, {"scale": s})) for s in (1.0, 3.0, 10.0)],
         "one-word": [Entry(f"{n} + {n}", both(n), words=(1, 1)) for n in (10, 5, 20, 40)],
+        # Figure 8 is about a reward that does not read the prompt: does the picture still show it (held-out)?
+        "over-parameterized": [
+            Entry(f"{n} + {n}", both(n), reward="brightness", words=(1, 1)) for n in (10, 2, 5, 20, 40)
+        ],
         "short-prompts": [Entry(f"{n} + {n}", both(n), words=(1, 2)) for n in (10, 2, 15)],
         "medium-prompts": [Entry(f"{n} + {n}", both(n), words=(3, 8)) for n in (10, 2, 15)],
         "long-prompts": [Entry(f"{n} + {n}", both(n), words=(9, 1000)) for n in (10, 2, 15)],

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import json
+import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -122,7 +124,18 @@ def fresh_lora(unet: Any, rank: int, seed: int) -> Iterator[list[torch.nn.Parame
 
 def slug(text: str) -> str:
     """A file name, of a prompt for example."""
-    return "".join(c if c.isalnum() else "-" for c in text)
+    name = "".join(c if c.isalnum() else "-" for c in text)
+    return name if len(name) <= 80 else f"{name[:70]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+WHERE = ("out", "shard", "report", "readme", "prompts", "list", "device", "methods", "of")
+"""Options that say where results go, how work is shared and which cells are wanted, not what a cell holds."""
+
+
+def cells_of(options: argparse.Namespace, ignored: Sequence[str] = ()) -> Path:
+    """The folder of one set of settings: a cell measured with others is never taken for one of these."""
+    settings = {key: str(value) for key, value in vars(options).items() if key not in (*WHERE, *ignored)}
+    return options.out / "cells" / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def cached(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -136,11 +149,16 @@ def cached(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def interval(values: Sequence[float], groups: Sequence[Any], rounds: int = 4000) -> tuple[float, float, float]:
-    """Mean and 95 % bootstrap interval, resampling whole groups (prompts): images of one prompt are not independent."""
+    """Mean and 95 % bootstrap interval, resampling whole groups (prompts): images of one prompt are not independent.
+
+    NaN as the interval of fewer than four groups: resampling two or three says nothing.
+    """
     table: dict[Any, list[float]] = {}
     for value, group in zip(values, groups, strict=True):
         table.setdefault(group, []).append(value)
     means = np.array([np.mean(v) for v in table.values()])
+    if len(means) < 4:
+        return float(means.mean()), math.nan, math.nan
     random = np.random.default_rng(0)
     samples = means[random.integers(len(means), size=(rounds, len(means)))].mean(axis=1)
     low, high = np.quantile(samples, [0.025, 0.975])
@@ -148,8 +166,10 @@ def interval(values: Sequence[float], groups: Sequence[Any], rounds: int = 4000)
 
 
 def shown(triple: tuple[float, float, float], digits: int = 3) -> str:
-    """`mean [low, high]`."""
+    """`mean [low, high]`, or the mean alone where there is no interval."""
     mean, low, high = triple
+    if math.isnan(low):
+        return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 

@@ -25,6 +25,7 @@ from benchmarks.common import (
     add_generator_options,
     add_prompt_options,
     cached,
+    cells_of,
     load_rewards,
     make_generator,
     read_prompts,
@@ -210,7 +211,7 @@ def main() -> None:
     add_generator_options(parser)
     add_prompt_options(parser)
     parser.add_argument("--out", type=Path, default=Path("results/compare"))
-    parser.add_argument("--first-seed", type=int, default=0, help="others than the first ones, into another --out")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--iterations", type=int, default=50)
     parser.add_argument("--token-length", type=int, default=10, help="of prefix and of suffix")
@@ -234,12 +235,12 @@ def main() -> None:
         bench = Bench(options)
         for method in options.methods:
             for prompt in prompts[index::count]:
-                cached(path_of(options.out, method, prompt), lambda m=method, p=prompt: bench.run(m, p))
+                cached(path_of(cells_of(options), method, prompt), lambda m=method, p=prompt: bench.run(m, p))
                 print(f"{method}: {prompt}", flush=True)
     if options.report or options.shard == "0/1":
-        print(report(options.out, prompts, options.model or "demo model"))
+        print(report(options.out, cells_of(options), prompts, options.model or "demo model"))
     if options.readme:
-        put_into_readme(options.out, prompts)
+        put_into_readme(options.out, cells_of(options), prompts)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ START, END = "<!-- results: python -m benchmarks.compare_methods --report --read
 Found = dict[str, dict[str, dict[str, Any]]]  # method -> prompt -> scores, one per seed
 
 
-def path_of(out: Path, method: str, prompt: str) -> Path:
+def path_of(cells: Path, method: str, prompt: str) -> Path:
     """Where the scores of one cell are kept."""
-    return out / slug(method) / f"{slug(prompt)}.json"
+    return cells / slug(method) / f"{slug(prompt)}.json"
 
 
 def pick(candidates: list[dict[str, list[float]]], count: int) -> dict[str, list[float]]:
@@ -35,14 +35,14 @@ def pick(candidates: list[dict[str, list[float]]], count: int) -> dict[str, list
     return {key: [row[key][i] for row, i in zip(candidates, chosen, strict=True)] for key in candidates[0]}
 
 
-def collect(out: Path, prompts: list[str]) -> Found:
+def collect(cells: Path, prompts: list[str]) -> Found:
     """What is there, with Best-of-N at the cost of each learning method and random search at that of noise.
 
     Prompts that lack a baseline are left out.
     """
     found: Found = {}
     for method in METHODS:
-        files = {p: path_of(out, method, p) for p in prompts}
+        files = {p: path_of(cells, method, p) for p in prompts}
         found[method] = {p: cached(f, dict) for p, f in files.items() if f.exists()}
     candidates, searched, raw = found.pop("best-of-n"), found.pop("random search"), found["raw"]
     complete = {p for p in prompts if p in raw and (p in candidates or not candidates)}
@@ -69,9 +69,9 @@ def gain(found: Found, method: str, key: str, base: str = "raw") -> tuple[float,
     return interval([d for _, d in pairs], [p for p, _ in pairs])
 
 
-def report(out: Path, prompts: list[str], model: str) -> str:
+def report(out: Path, cells: Path, prompts: list[str], model: str) -> str:
     """Table and figure: means with 95 % intervals over prompts; gains are paired with the raw prompt."""
-    found = collect(out, prompts)
+    found = collect(cells, prompts)
     rows = [table_row(found, method) for method in ORDER if method in found]
     title = f"{model}: {len(found['raw'])} prompts, target reward and held-out reward"
     text = write_table(rows, out / "table", title) + versus(found)
@@ -132,12 +132,12 @@ def summary(found: Found) -> str:
     return "\n".join(lines) + "\n"
 
 
-def put_into_readme(out: Path, prompts: list[str]) -> None:
+def put_into_readme(out: Path, cells: Path, prompts: list[str]) -> None:
     """Replace the table between the README's two marks, and the figure in docs."""
     root = Path(__file__).resolve().parents[1]
     before, _, rest = (root / "README.md").read_text(encoding="utf-8").partition(START)
     _, _, after = rest.partition(END)
-    text = before + START + "\n" + summary(collect(out, prompts)) + END + after
+    text = before + START + "\n" + summary(collect(cells, prompts)) + END + after
     (root / "README.md").write_text(text, encoding="utf-8")
     (root / "docs" / "results.png").write_bytes((out / "figure.png").read_bytes())
 

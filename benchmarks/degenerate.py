@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from benchmarks.common import cached, interval, load_rewards, make_generator, shown, slug, write_table
+from benchmarks.common import cached, cells_of, interval, load_rewards, make_generator, shown, slug, write_table
 from ipgo_engine import NoiseRegularizer
 from ipgo_engine.noise import CHANNEL_DIM
 
@@ -64,11 +64,22 @@ def measure(options: argparse.Namespace, prompt: str, tools: list[Any]) -> dict[
     return found
 
 
+def degenerate_cells(options: argparse.Namespace) -> Path:
+    """Where its cells lie: what the other questions are asked with does not change them."""
+    keys = ("model", "steps", "guidance", "sampler", "eta", "size", "seeds", "reward", "reward_path", "held_out")
+    chosen = {key: getattr(options, key) for key in (*keys, "held_out_path", "out")}
+    return cells_of(argparse.Namespace(**chosen)) / "degenerate"
+
+
 def degenerate_table(options: argparse.Namespace, prompts: Sequence[str], out: Path) -> str:
     """Loss of both scores against Gaussian noise of the same seeds, beside the median P(z)."""
     tools: list[Any] = []  # made when they are needed
-    folder, cells = out / "degenerate" / f"eta-{options.eta:g}-seeds-{options.seeds}", {}
+    folder, cells = degenerate_cells(options), {}
     names = (options.reward, options.held_out)
+    if options.report:  # what is there
+        prompts = [prompt for prompt in prompts if (folder / f"{slug(prompt)}.json").exists()]
+    if not prompts:
+        return "degenerate: nothing measured yet\n"
     for prompt in prompts:
         path = folder / f"{slug(prompt)}.json"
         if not tools and not path.exists():

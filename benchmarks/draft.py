@@ -24,6 +24,7 @@ from benchmarks.common import (
     add_generator_options,
     add_prompt_options,
     cached,
+    cells_of,
     fresh_lora,
     interval,
     load_rewards,
@@ -158,10 +159,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/draft"))
     options = parser.parse_args()
     bench, cells = Bench(options), {}
-    rates = "_".join(f"{rate:g}" for rate in (*options.lora_lr, *options.token_lr))
-    settings = f"{options.seeds}-seeds-{options.epochs}-updates-rank-{options.rank}-rates-{rates}"
     for prompt in read_prompts(options):
-        path = options.out / settings / f"{slug(prompt)}.json"
+        path = cells_of(options) / f"{slug(prompt)}.json"
         cells[prompt] = cached(path, lambda p=prompt: bench.run(p))
         print(prompt, {k: f"{sum(v['target']) / len(v['target']):.3f}" for k, v in cells[prompt].items()}, flush=True)
     print(report(cells, options))

@@ -21,6 +21,7 @@ from torch import Tensor
 from benchmarks.common import (
     add_generator_options,
     add_prompt_options,
+    cells_of,
     fresh_lora,
     interval,
     load_rewards,
@@ -48,7 +49,8 @@ class Bench:
 
     def pictures(self, prompt: str) -> dict[str, Tensor]:
         """`plain` and `optimized` (seeds, 3, H, W), and their rewards."""
-        path = self.options.out / self._settings() / f"{slug(prompt)}.safetensors"
+        cells = cells_of(self.options, ignored=("rank", "updates", "batch", "lora_lr"))
+        path = cells / f"{slug(prompt)}.safetensors"
         if not path.exists():
             options, seeds = self.options, range(self.options.seeds)
             config = NoiseConfig(
@@ -63,10 +65,6 @@ class Bench:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: value.contiguous() for name, value in kept.items()}, path)
         return load_file(path)
-
-    def _settings(self) -> str:
-        o = self.options
-        return f"pictures-{o.seeds}-seeds-{o.iterations}-updates-rate-{o.noise_lr:g}-last-{o.noise_backprop}"
 
     @torch.no_grad()
     def fresh(self, prompts: list[str]) -> dict[str, list[float]]:

@@ -4,7 +4,7 @@
     python -m benchmarks.iteration_cost --random sd15 --size 512 --device cuda --dtype float16
 
 `--random sd15` builds a full-size SD1.5 UNet and VAE with random weights: time and memory do not depend on weights.
-Every figure is the median of `--repeats`, taken in turn with the stock call in the same process.
+Every figure is the median of `--repeats` in one process, the stock call's before those of the steps.
 """
 
 from __future__ import annotations

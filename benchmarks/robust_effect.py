@@ -22,6 +22,7 @@ from benchmarks.common import (
     add_generator_options,
     add_prompt_options,
     cached,
+    cells_of,
     interval,
     load_rewards,
     make_generator,
@@ -125,7 +126,7 @@ def main() -> None:
     for what in options.of:
         cells = {}
         for prompt in read_prompts(options):
-            path = options.out / f"{what}-{options.iterations}-steps-{options.seeds}-seeds" / f"{slug(prompt)}.json"
+            path = cells_of(options) / what / f"{slug(prompt)}.json"
             cells[prompt] = cached(path, lambda p=prompt, w=what: bench.run(p, w))
             print(f"{what}: {prompt}", flush=True)
         for way in bench.ways:

@@ -5,13 +5,14 @@ The engine imports torch and never a host: a `Generator` (diffusers, ComfyUI) ma
 
 from . import rewards
 from .config import JointConfig, NoiseConfig, OptimizeConfig, TokenConfig
-from .errors import Cancelled, EncoderMismatchError, InputError, IPGOError, NonFiniteError
+from .errors import BudgetSpentError, Cancelled, EncoderMismatchError, InputError, IPGOError, NonFiniteError
 from .events import Observer, StepEvent
 from .noise import NoiseRegularizer
 from .optimize import Result, RunFailedError, optimize_jointly, optimize_noise, train_tokens
 from .tokens import IPGOTokens, rotate_even_pairs, rotate_odd_pairs
 
 __all__ = [
+    "BudgetSpentError",
     "Cancelled",
     "EncoderMismatchError",
     "IPGOError",

@@ -24,3 +24,7 @@ class NonFiniteError(IPGOError):
 
 class Cancelled(IPGOError):
     """Raised by a generator, a reward or an observer to stop a run; the loop returns the best so far."""
+
+
+class BudgetSpentError(IPGOError):
+    """A reward may not be asked any more: the run ends with its best so far."""

@@ -16,7 +16,7 @@ from .config import LoopConfig
 from .errors import InputError
 from .generators.base import Conditioning, Generator
 from .problems import Problem
-from .rewards.base import Reward
+from .rewards.base import Reward, scores_of
 
 Inputs = Callable[[Sequence[int]], tuple[Conditioning, Tensor]]
 
@@ -48,7 +48,7 @@ class Task:
 
     def score(self, images: Tensor, rows: Sequence[int]) -> Tensor:
         """Rewards of these rows' images."""
-        return self.reward.score(images, [self.problem.prompts[row] for row in rows]).float()
+        return scores_of(self.reward, images, [self.problem.prompts[row] for row in rows])
 
     def generate(self, rows: Sequence[int]) -> Tensor:
         """Images of these rows, differentiable in the parameters."""
@@ -104,9 +104,10 @@ def _hybrid(task: Task, rows: Sequence[int], perturbed: Callable[[list[int], Ten
             rewards = task.score(y, chunk)
             h = torch.zeros_like(y)
             for _ in range(count):
-                difference = perturbed(chunk, y) - y
-                gain = task.score(y + difference, chunk) - rewards
-                h += gain.view(-1, 1, 1, 1) * difference
+                changed = perturbed(chunk, y)
+                # Rewards are promised pixels in [0, 1]: a black box may wrap around outside.
+                gain = task.score(changed.clamp(0, 1), chunk) - rewards
+                h += gain.view(-1, 1, 1, 1) * (changed - y)
             h /= count * scale**2
         if images.requires_grad:
             torch.autograd.backward(-(h * images).sum())

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from .best import Best
-from .errors import Cancelled, InputError, IPGOError, NonFiniteError
+from .errors import BudgetSpentError, Cancelled, InputError, IPGOError, NonFiniteError
 from .events import Observer, StepEvent
 from .formats.state import read_state, write_state
 from .gradients import Evaluation, Task, choose
 from .memory import is_out_of_memory, save_memory
 from .problems import Problem, restore, snapshot
-from .rewards.base import Reward
+from .rewards.base import Reward, begin_run, scores_of
 
 RETRIES = 3  # how often a run goes back to its best after a non-finite number before it gives up
 VALIDATION_ROWS = 16  # images of one validation pass when an epoch has several updates
@@ -58,6 +58,7 @@ class Loop:
         self.limit: float | None = getattr(self.config, "min_probability", None)
         self.update, self.failures, self.stopped = 0, 0, "finished"
         self.best = Best()
+        self._said: set[str] = set()
         self.history: list[StepEvent] = []
         self.start: Evaluation | None = None
 
@@ -69,6 +70,7 @@ class Loop:
 
     def run(self) -> None:
         """Step to the end; the state file is written on the way out whatever happens."""
+        begin_run(self.task.reward, *self.monitors.values())
         try:
             if self.start is None and self.problem.shared:
                 self.start = self._guarded(self._evaluate_start)
@@ -83,6 +85,10 @@ class Loop:
             if self.best.state is None or self.start is None:
                 raise
             self.stopped = "cancelled"
+        except BudgetSpentError as error:
+            if self.best.state is None or self.start is None:
+                raise
+            self._stop(str(error).rstrip("."))
         finally:
             self._save()
 
@@ -206,9 +212,16 @@ class Loop:
     def _measure(self, rows: list[int], evaluation: Evaluation, last: bool) -> dict[str, float]:
         if not self.monitors or (self.update % self.config.monitor_every and not last):
             return {}
-        prompts = [self.problem.prompts[row] for row in rows]
-        with torch.no_grad():
-            return {name: float(m.score(evaluation.images, prompts).mean()) for name, m in self.monitors.items()}
+        prompts, found = [self.problem.prompts[row] for row in rows], {}
+        for name, monitor in self.monitors.items():
+            try:
+                with torch.no_grad():
+                    found[name] = float(scores_of(monitor, evaluation.images, prompts).mean())
+            except Cancelled:
+                raise
+            except IPGOError as error:  # what is only watched does not end a run
+                self._say_once(f"Held-out reward {name!r} has no score at step {self.update}: {error}", name)
+        return found
 
     def _report(
         self,
@@ -245,8 +258,17 @@ class Loop:
                 self.stopped = f"the held-out reward {name!r} has stopped rising"
         if self.stopped == "finished":
             return False
-        self.observer.on_message(f"Stopped at step {self.update}: {self.stopped}.")
+        self._stop(self.stopped)
         return True
+
+    def _stop(self, reason: str) -> None:
+        self.stopped = reason
+        self.observer.on_message(f"Stopped at step {self.update}: {reason}.")
+
+    def _say_once(self, message: str, about: str) -> None:
+        if about not in self._said:
+            self._said.add(about)
+            self.observer.on_message(message)
 
     # -- resume -------------------------------------------------------------------------------------------------------
 

@@ -113,9 +113,12 @@ class IPGOJudgeReward(io.ComfyNode):
                 io.String.Input("model_name", default="default", tooltip="Name of the model, as the server calls it."),
                 io.Int.Input(
                     "max_calls", default=500, min=1, max=1000000,
-                    tooltip="Calls at most, retries included; the run then ends with its best so far.",
+                    tooltip="Calls of one run at most, retries included; the run then ends with its best so far.",
                 ),
-                advanced(io.Float.Input("timeout", default=60.0, min=1.0, max=3600.0, tooltip="Seconds for one call.")),
+                advanced(io.Float.Input(
+                    "timeout", default=60.0, min=1.0, max=3600.0,
+                    tooltip="Seconds to connect, and again for the whole answer.",
+                )),
                 advanced(io.Int.Input("concurrency", default=2, min=1, max=64, tooltip="Calls under way at once.")),
                 advanced(io.Int.Input(
                     "retries", default=2, min=0, max=100,
@@ -125,6 +128,10 @@ class IPGOJudgeReward(io.ComfyNode):
                     "template", multiline=True, default="",
                     tooltip="What the judge is asked, with {prompt}, {low} and {high} in it; empty is the question "
                     "shown on the help page. The answer must hold 'Score: 7.5', a JSON score, 7/10, or a bare number.",
+                )),
+                advanced(io.Int.Input(
+                    "max_tokens", default=1024, min=1, max=1000000, optional=True,  # workflows saved before lack it
+                    tooltip="Tokens of one answer at most. A model that thinks before it answers needs room for that.",
                 )),
             ],
             outputs=[reward_output("0 to 10, as the judge says.")],

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..ipgo_engine.errors import NonFiniteError
 from ..ipgo_engine.report import Tile, contact_sheet, from_pil, plain_table
 from .host.residence import score
 from .running import for_every_image, from_comfy, lines, to_comfy
@@ -58,11 +60,15 @@ class IPGOScoreImages(io.ComfyNode):
         prompts = for_every_image(lines(prompt), len(pictures))
         with torch.inference_mode(False), torch.no_grad():
             scores = score(reward, pictures, prompts)
-            order = scores.argsort(descending=True, stable=True)
+            valid = scores[torch.isfinite(scores)]
+            if not len(valid):
+                raise NonFiniteError(f"reward {reward.name!r} gave none of the {len(scores)} image(s) a number.")
+            # An image without a number, such as the black one of an overflowing VAE, comes last.
+            order = scores.nan_to_num(-math.inf, neginf=-math.inf).argsort(descending=True, stable=True)
             best = order[: top_k or len(order)]
             sheet = labelled_sheet(pictures[best], scores[best], f"{reward.name}: best {len(best)} of {len(order)}")
         return io.NodeOutput(
-            to_comfy(pictures[best]), to_comfy(sheet), scores.tolist(), float(scores.mean()), float(scores.max()),
+            to_comfy(pictures[best]), to_comfy(sheet), scores.tolist(), float(valid.mean()), float(valid.max()),
             score_table(order, scores, prompts),
         )  # fmt: skip
 

@@ -204,7 +204,8 @@ def _add_rewards(parser: Any) -> None:
         action="append",
         default=[],
         metavar="NAME=PATH",
-        help="file or folder of a reward's weights; aesthetic:head=PATH and aesthetic:clip=PATH for the two parts",
+        help="file or folder of a reward's weights, aesthetic:head=PATH and aesthetic:clip=PATH for its two parts; the "
+        "address of a judge, which pictures are then sent to",
     )
     group.add_argument(
         "--monitor", action="append", default=[], metavar="NAME", help="held-out reward: measured, not optimized"

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import LoopConfig, NoiseConfig, OptimizeConfig
 from ..events import StepEvent
 from ..generators.base import Generator
-from ..rewards import Reward
+from ..rewards import Reward, scores_of
 from ..tokens import IPGOTokens
 
 FIRST_OF_N = 1_000_000  # seeds of best-of-N, far from those a user gives
@@ -47,7 +47,7 @@ def rate(reward: Reward, images: Tensor, prompts: Sequence[str], device: torch.d
     scores: list[float] = []
     for start in range(0, len(prompts), size):
         rows = slice(start, start + size)
-        scores += reward.score(images[rows].to(device), list(prompts[rows])).float().cpu().tolist()
+        scores += scores_of(reward, images[rows].to(device), list(prompts[rows])).tolist()
     return scores
 
 

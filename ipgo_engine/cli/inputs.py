@@ -128,7 +128,7 @@ def _paths(texts: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
             raise InputError(f"--reward-path {text}: write NAME=PATH, or NAME:PART=PATH for a reward made of parts.")
         if name not in names:
             raise InputError(f"--reward-path {text}: {name!r} is neither a --reward nor a --monitor.")
-        if not Path(path).exists():
+        if name != "judge" and not Path(path).exists():  # a judge has an address
             raise InputError(f"--reward-path {text}: {path} does not exist.")
         if part:
             paths.setdefault(name, {})

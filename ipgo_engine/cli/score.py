@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from ..errors import InputError
 from ..problems import check_prompts
 from ..report import contact_sheet, environment, open_image, plain_table, save_image, write_csv, write_json
 from ..report.grids import Tile
+from ..rewards import begin_run, scores_of
 from . import models
-from .folder import RUN_FILE, plan_folder
+from .folder import RUN_FILE, ResultsFolder, plan_folder
 from .inputs import PROMPT_FREE, Rewards, load_rewards, read_prompts
 
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
@@ -30,30 +33,43 @@ def run(arguments: argparse.Namespace) -> int:
     models.set_threads(arguments.threads)
     device = models.choose_device(arguments.device)
     rewards = load_rewards(arguments, device)
-    started = time.time()
-    records = _score(files, prompts, rewards, device)
-    order = sorted(range(len(files)), key=lambda i: -records[i]["score"])
-    ranked = [{"rank": place, **records[i]} for place, i in enumerate(order, start=1)]
-    top = order[: arguments.top]
-    tiles = [
-        Tile(open_image(files[i])[0], f"#{place}  {records[i]['score']:.4g}  {files[i].name}")
-        for place, i in enumerate(top, start=1)
-    ]
-    record = {
-        "command": "score",
-        "rewards": rewards.names,
-        "device": str(device),
-        "versions": environment(),
-        "seconds": time.time() - started,
-        "scores": ranked,
-    }
+    begin_run(rewards.target, *rewards.monitors)
+    started, records = time.time(), []
+    try:
+        for record in _score(files, prompts, rewards, device):
+            records.append(record)
+    finally:  # whatever ends it, what was scored is kept
+        if any(math.isfinite(record["score"]) for record in records):
+            seconds = time.time() - started
+            _write(folder, records, rewards, {"device": str(device), "seconds": seconds}, arguments.top)
+    problems = [record["problem"] for record in records if "problem" in record]
+    if len(problems) == len(files):
+        raise InputError(problems[0])
+    for problem in problems:
+        print(f"not scored: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _write(
+    folder: ResultsFolder, records: Sequence[dict[str, Any]], rewards: Rewards, facts: dict[str, Any], most: int
+) -> None:
+    """Table, ranked sheet and run.json of the pictures scored so far; pictures without a score come last."""
+    order = sorted(records, key=lambda record: (math.isnan(record["score"]), -record["score"]))
+    ranked = [{"rank": place, **record} for place, record in enumerate(order, start=1)]
+    top = [record for record in ranked[:most] if not math.isnan(record["score"])]
+    tiles = [Tile(open_image(r["file"])[0], f"#{r['rank']}  {r['score']:.4g}  {Path(r['file']).name}") for r in top]
+    record = {"command": "score", "rewards": rewards.names, "versions": environment(), **facts, "scores": ranked}
     with folder.writing(record):
         write_csv(folder / "scores.csv", ranked)
         save_image(folder / "contact-sheet.png", contact_sheet(tiles, title=f"best by {rewards.target.name}"))
         write_json(folder / RUN_FILE, record)
-    print(plain_table(ranked[: arguments.top]))
-    print(f"\nAll {len(files)}: {folder / 'scores.csv'}; the best in pictures: {folder / 'contact-sheet.png'}")
-    return 0
+    print(plain_table([record | {"file": _end_of(record["file"])} for record in top]))
+    print(f"\nAll {len(ranked)}: {folder / 'scores.csv'}; the best in pictures: {folder / 'contact-sheet.png'}")
+
+
+def _end_of(path: str, longest: int = 32) -> str:
+    """What tells files apart: the end of a path."""
+    return path if len(path) <= longest else "..." + path[3 - longest :]
 
 
 def find_pictures(given: Sequence[str]) -> list[Path]:
@@ -62,7 +78,7 @@ def find_pictures(given: Sequence[str]) -> list[Path]:
     for text in given:
         path = Path(text)
         if path.is_dir():
-            inside = sorted((p for p in path.iterdir() if p.suffix.lower() in PICTURES), key=_natural)
+            inside = sorted((p for p in path.iterdir() if _is_picture(p)), key=_natural)
             if not inside:
                 raise InputError(f"folder {path} holds no picture ({', '.join(sorted(PICTURES))}).")
             found += inside
@@ -71,6 +87,11 @@ def find_pictures(given: Sequence[str]) -> list[Path]:
         else:
             raise InputError(f"{path} does not exist: give picture files or folders of them.")
     return found
+
+
+def _is_picture(path: Path) -> bool:
+    """A file by its name; macOS puts a hidden `._name.png`, which is none, beside every file on foreign disks."""
+    return path.suffix.lower() in PICTURES and not path.name.startswith(".") and path.is_file()
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -95,19 +116,21 @@ def _prompts(arguments: argparse.Namespace, count: int) -> list[str]:
     return prompts
 
 
-def _score(files: Sequence[Path], prompts: Sequence[str], rewards: Rewards, device: Any) -> list[dict[str, Any]]:
-    """One picture at a time: sizes differ, and a long list must not fill the memory."""
+def _score(files: Sequence[Path], prompts: Sequence[str], rewards: Rewards, device: Any) -> Iterator[dict[str, Any]]:
+    """One picture at a time: sizes differ, and a long list must not fill the memory. NaN for one that is no picture."""
     import torch
     from tqdm import tqdm
 
     several = len(rewards.parts) > 1
     others = [*([reward for reward, _ in rewards.parts] if several else []), *rewards.monitors]
-    records = []
-    with torch.no_grad():
-        for file, prompt in zip(tqdm(files, unit="picture", disable=None), prompts, strict=True):
+    for file, prompt in zip(tqdm(files, unit="picture", disable=None), prompts, strict=True):
+        record: dict[str, Any] = {"file": str(file), "prompt": prompt, "score": math.nan}
+        try:
             image = open_image(file).to(device)
-            record: dict[str, Any] = {"file": str(file), "prompt": prompt}
-            record["score"] = float(rewards.target.score(image, [prompt])[0])
-            record.update({reward.name: float(reward.score(image, [prompt])[0]) for reward in others})
-            records.append(record)
-    return records
+        except InputError as error:
+            yield record | {"problem": str(error)}
+            continue
+        with torch.no_grad():
+            for name, reward in {"score": rewards.target, **{other.name: other for other in others}}.items():
+                record[name] = float(scores_of(reward, image, [prompt])[0])
+        yield record

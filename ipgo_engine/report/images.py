@@ -29,10 +29,18 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def from_pil(image: Image.Image) -> Tensor:
-    """A Pillow image of any mode as (1, 3, H, W) float32 in [0, 1]; transparent pixels lie on white."""
+    """A Pillow image as (1, 3, H, W) float32 in [0, 1]; transparent pixels lie on white, 16 bits of grey stay 16.
+
+    Raises `InputError` for floating-point pixels, of which nobody can say what white is.
+    """
     import numpy as np
     from PIL import Image
 
+    if image.mode == "F":
+        raise InputError("the picture holds floating-point pixels, whose white is unknown: save it with 8 or 16 bits.")
+    if image.mode.startswith("I"):  # Pillow's own conversion cuts at 255 instead of scaling
+        grey = torch.from_numpy(np.array(image, dtype=np.float32) / 65535).clamp(0, 1)
+        return grey.expand(1, 3, *grey.shape).contiguous()
     if image.mode in ("RGBA", "LA", "P") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)

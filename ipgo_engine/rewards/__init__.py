@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from .base import Reward
+from .base import Reward, begin_run, scores_of
 from .combine import Weighted
 from .fetch import download, offer
 from .judge import Judge, JudgeConfig, JudgeError
@@ -30,7 +30,9 @@ __all__ = [
     "Reward",
     "Robust",
     "Weighted",
+    "begin_run",
     "download",
     "load",
     "offer",
+    "scores_of",
 ]

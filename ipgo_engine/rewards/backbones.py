@@ -98,10 +98,11 @@ def load_clip(
     `architecture` stands for the content of open_clip_config.json where an open_clip file has none beside it. Loading
     the same weights twice gives the same object. Raises `InputError` for anything that is no such CLIP.
     """
-    path = Path(path).expanduser().resolve()
+    path = Path(path).expanduser()
     if not path.exists():
         raise InputError(f"CLIP weights: {str(path)!r} does not exist.")
-    key = (path, _state(path), str(device or "cpu"), dtype, repr(architecture))
+    # Resolved for the key alone: a link's target may have another name, and no vocabulary beside it.
+    key = (path.resolve(), _state(path), str(device or "cpu"), dtype, repr(architecture))
     backbone = _LOADED.get(key)
     if backbone is None:
         backbone = _LOADED[key] = _load(path, device, dtype, architecture)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .base import Reward
+from .base import Reward, begin_run, scores_of
 
 
 class Weighted:
@@ -55,13 +55,17 @@ class Weighted:
         """Weighted sums (B,), float32, for images (B, 3, H, W) in [0, 1]."""
         total = torch.zeros(images.shape[0], device=images.device)
         for (reward, weight), (mean, std) in zip(self.parts, self.scales, strict=True):
-            total = total + weight * (reward.score(images, prompts).to(total.device) - mean) / std
+            total = total + weight * (scores_of(reward, images, prompts) - mean) / std
         return total
 
     def raw(self, images: Tensor, prompts: Sequence[str]) -> list[tuple[str, Tensor]]:
         """(name, raw scores (B,)) of every part, in order, without gradients: what a table shows beside the sum."""
         with torch.no_grad():
-            return [(reward.name, reward.score(images, prompts)) for reward, _ in self.parts]
+            return [(reward.name, scores_of(reward, images, prompts)) for reward, _ in self.parts]
+
+    def begin_run(self) -> None:
+        """Passed on to every part."""
+        begin_run(*(reward for reward, _ in self.parts))
 
     def calibrated(self, images: Tensor, prompts: Sequence[str]) -> Weighted:
         """The same sum with each part's mean and standard deviation measured on these images (two or more)."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 
+_FORBIDDEN = re.compile(r"GLOBAL|unrecognized function|Can only (build|create)")
+"""How torch's reader speaks of what would run code; it says "weights only" of every other damage, too."""
 _SHOWN = 3  # names listed in a message before "and N more"
 
 
@@ -36,7 +40,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; `InputError` when it is not one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{str(path)!r} is not readable as JSON: {error}.") from error
     if not isinstance(content, dict):
         raise InputError(f"{str(path)!r} holds a JSON {type(content).__name__}, not an object.")
@@ -44,21 +48,33 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or of a PyTorch checkpoint, on the CPU, by name.
+    """The tensors of a safetensors file or of a PyTorch checkpoint, on the CPU, by name.
 
+    The content tells which of them it is: people rename files, and a link may lead to a name without an ending.
     A checkpoint is read with `weights_only=True`: a pickle that would run code is refused, never executed. Wrappings
     the authors use are removed: {"state_dict": ...}, and the prefix "module.".
     """
     if not path.is_file():
         raise InputError(f"{str(path)!r} is not a file: weights are a .safetensors, .pt, .pth or .bin file.")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
+    safetensors = path.suffix == ".safetensors" or _starts_like_safetensors(path)
+    content = _read_safetensors(path) if safetensors else _read_checkpoint(path)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     tensors = content if isinstance(content, Mapping) else {}
     weights = {str(k).removeprefix("module."): v for k, v in tensors.items() if isinstance(v, Tensor)}
     if not weights:
         raise InputError(f"{str(path)!r} holds no named tensors: it is not a file of weights.")
+    odd = [name for name, w in weights.items() if w.is_quantized or w.is_nested or w.layout != torch.strided]
+    if odd:
+        raise InputError(f"{str(path)!r} holds quantized, nested or sparse tensors ({_some(odd)}): use the plain file.")
     return weights
+
+
+def _starts_like_safetensors(path: Path) -> bool:
+    """A length of eight bytes that fits into the file, then a JSON object."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Any]:
@@ -79,7 +95,7 @@ def _read_checkpoint(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # unpickling a foreign file can fail in any way; each of them means the same to a user
-        if "weights_only" in str(error) or "Weights only" in str(error):
+        if _FORBIDDEN.search(str(error)):
             raise InputError(
                 f"{str(path)!r} holds more than tensors and would run code when opened: it is refused."
             ) from error
@@ -166,8 +182,10 @@ def _fill_constants(module: nn.Module, device: str | torch.device | None) -> Non
 def convert_to_safetensors(source: str | Path, target: str | Path | None = None) -> Path:
     """Write the tensors of `source` as a .safetensors file (default: same name beside it) and return its path.
 
-    Written under another name and renamed when complete; an existing target is kept as it is.
+    Written under another name and renamed when complete; an existing target is kept as it is. `InputError` when
+    `source` is refused or `target` cannot be written, a full disk for example.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     source = Path(source)
@@ -176,6 +194,11 @@ def convert_to_safetensors(source: str | Path, target: str | Path | None = None)
         return target
     weights = {name: tensor.contiguous().clone() for name, tensor in read_weights(source).items()}
     part = target.with_name(target.name + ".part")
-    save_file(weights, str(part), metadata={"format": "pt", "converted_from": source.name})
-    os.replace(part, target)
+    try:
+        save_file(weights, str(part), metadata={"format": "pt", "converted_from": source.name.removesuffix(".part")})
+        shutil.copymode(source, part)  # safetensors writes files that only their owner can read
+        os.replace(part, target)
+    except (SafetensorError, OSError) as error:
+        part.unlink(missing_ok=True)
+        raise InputError(f"{str(target)!r} cannot be written ({error}): make room or choose another folder.") from error
     return target

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from .backbones import ClipBackbone, cosine, load_clip
 from .files import find_file
 from .preprocess import Preprocessing, check_inputs
@@ -69,4 +70,7 @@ def load_hps(
     """
     stem = FILES[version].removesuffix(".pt")
     file = find_file(path, (f"{stem}.safetensors", f"{stem}.pt"), f"HPS {version} weights")
+    for other, name in FILES.items():  # no tensor tells the versions apart, the published name does
+        if other != version and file.stem == name.removesuffix(".pt"):
+            raise InputError(f"HPS {version} weights: {str(file)!r} is version {other[1:]}: choose that version.")
     return HumanPreference(load_clip(file, device, dtype, architecture=architecture or VIT_H_14), version)

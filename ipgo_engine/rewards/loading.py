@@ -18,7 +18,8 @@ from .demo import load_demo
 from .hps import load_hps
 from .imagereward import load_imagereward
 from .jpeg import JpegSize
-from .pickscore import PickScore
+from .judge import Judge, JudgeConfig
+from .pickscore import load_pickscore
 from .text import CLIP_L_FOLDER
 
 Place = str | Path
@@ -61,7 +62,7 @@ def _aesthetic_places(path: Place | Mapping[str, Place]) -> tuple[Place, Place]:
 
 
 def _pickscore(path: Place | Mapping[str, Place], device: Device, dtype: torch.dtype | None) -> Reward:
-    return PickScore(load_clip(_file_or_folder("pickscore", path), device, dtype))
+    return load_pickscore(_file_or_folder("pickscore", path), device, dtype)
 
 
 SIMPLE: dict[str, Callable[[], Reward]] = {
@@ -81,7 +82,7 @@ MODELS: dict[str, Loader] = {
     "imagereward": lambda path, device, dtype: load_imagereward(_file_or_folder("imagereward", path), device, dtype),
 }
 
-NAMES = (*SIMPLE, *DEMO, *MODELS)
+NAMES = (*SIMPLE, *DEMO, *MODELS, "judge")
 """Every name `load` knows."""
 
 
@@ -93,23 +94,28 @@ def load(
 ) -> Reward:
     """The reward of that name, ready to score.
 
-    `path` is the local file or folder of a reward that has weights ("aesthetic" also takes {"head": ..., "clip": ...});
-    `device` and `dtype` are where and how those are kept (default: CPU, float32). Scores come out float32 whatever
-    `dtype`. "hpsv2" is version 2.0. Raises `InputError` for an unknown name and for weights that are missing or are not
-    what the name says; nothing is ever fetched here, see `rewards.download`.
+    `path` is the local file or folder of a reward that has weights ("aesthetic" also takes {"head": ..., "clip": ...}),
+    or the address of "judge" (`Judge` itself takes further settings). `device` and `dtype` are where and how weights
+    are kept (default: CPU, float32). Scores come out float32 whatever `dtype`. "hpsv2" is version 2.0. Raises
+    `InputError` for an unknown name and for weights that are missing or are not what the name says; nothing is ever
+    fetched here, see `rewards.download`.
     """
     if name in SIMPLE:
         return SIMPLE[name]()
     if name in DEMO:
         return load_demo(name, device, dtype)
+    if name == "judge":
+        return Judge(JudgeConfig(url=str(path or "")))
     if name not in MODELS:
         raise InputError(f"reward {name!r} is unknown: use one of {', '.join(NAMES)}.")
     if path is None:
         raise InputError(f"reward {name!r} has weights: give the path of the local file or folder that holds them.")
     try:
         return MODELS[name](path, device, dtype)
-    except _NOT_OF_THE_FILES:
-        raise
+    except _NOT_OF_THE_FILES as error:
+        if not isinstance(error, RecursionError):
+            raise
+        raise InputError(f"reward {name!r}: the files at {str(path)!r} are damaged (nested too deeply).") from error
     except Exception as error:  # the settings of a foreign file can break a library in any way
         reason = " ".join(str(error).split())[:200]
         raise InputError(

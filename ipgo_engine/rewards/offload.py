@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .base import Reward
+from .base import Reward, begin_run, scores_of
 
 
 class Offloaded:
@@ -54,7 +54,11 @@ class Offloaded:
         if wanted:
             return _ScoreNow.apply(images, self, prompts)  # pyright: ignore[reportReturnType]
         with self.visiting(self.device or images.device), torch.no_grad():
-            return self.reward.score(images, prompts)
+            return scores_of(self.reward, images, prompts)
+
+    def begin_run(self) -> None:
+        """Passed on to the reward."""
+        begin_run(self.reward)
 
     @contextmanager
     def visiting(self, device: torch.device) -> Iterator[None]:
@@ -77,7 +81,7 @@ class _ScoreNow(torch.autograd.Function):
     def forward(ctx: Any, images: Tensor, offloaded: Offloaded, prompts: Sequence[str]) -> Tensor:
         with offloaded.visiting(offloaded.device or images.device), torch.enable_grad():
             pixels = images.detach().requires_grad_()
-            scores = offloaded.reward.score(pixels, prompts)
+            scores = scores_of(offloaded.reward, pixels, prompts)
             (gradient,) = torch.autograd.grad(scores.sum(), pixels)
         ctx.save_for_backward(gradient)
         return scores.detach()

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from .backbones import ClipBackbone, cosine
+from ..errors import InputError
+from .backbones import ClipBackbone, cosine, load_clip
 from .preprocess import check_inputs
+
+FEATURES = 1024  # of ViT-H/14
 
 
 class PickScore:
@@ -33,3 +37,16 @@ class PickScore:
         check_inputs(images, prompts)
         texts = self.backbone.text_features(prompts)
         return self._scale * cosine(self.backbone.image_features(images), texts)
+
+
+def load_pickscore(
+    path: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> PickScore:
+    """From the authors' folder. Any CLIP would give plausible scores: one of another size is an `InputError`."""
+    backbone = load_clip(path, device, dtype)
+    found = backbone.module.get_parameter("visual_projection.weight").shape[0]
+    if found != FEATURES:
+        raise InputError(
+            f"PickScore weights: {str(path)!r} is another CLIP, with {found} features instead of {FEATURES}."
+        )
+    return PickScore(backbone)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .base import Reward
+from .base import Reward, begin_run, scores_of
 from .preprocess import check_inputs, into_range
 
 
@@ -38,7 +38,7 @@ class Augmentation:
         if self.noise > 0:
             source = torch.Generator().manual_seed(self.seed)
             changed = changed + self.noise * torch.randn(changed.shape[1:], generator=source).to(changed)
-        return changed
+        return into_range(changed)
 
 
 class Robust:
@@ -91,10 +91,14 @@ class Robust:
         """Mean scores (B,) for images (B, 3, H, W) in [0, 1]."""
         check_inputs(images, prompts)
         images = into_range(images)
-        total = self.reward.score(images, prompts)
+        total = scores_of(self.reward, images, prompts)
         for change in self.augmentations:
-            total = total + self.reward.score(change(images), prompts)
+            total = total + scores_of(self.reward, change(images), prompts)
         return total / (1 + len(self.augmentations))
+
+    def begin_run(self) -> None:
+        """Passed on to the reward."""
+        begin_run(self.reward)
 
 
 def _drawn(draw: torch.Generator, crop: float, resample: float, noise: float) -> Augmentation:

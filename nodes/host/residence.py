@@ -10,6 +10,8 @@ import comfy.model_management
 import torch
 from torch import Tensor, nn
 
+from ...ipgo_engine.rewards.base import begin_run, scores_of
+
 
 @contextmanager
 def resident(rewards: Iterable[Any]) -> Iterator[None]:
@@ -33,11 +35,12 @@ def resident(rewards: Iterable[Any]) -> Iterator[None]:
 def score(reward: Any, images: Tensor, prompts: list[str]) -> Tensor:
     """Scores (B,) on the CPU, one image at a time, outside inference mode (a reward remembers what it computes)."""
     device = comfy.model_management.get_torch_device()
+    begin_run(reward)
     with torch.inference_mode(False), torch.no_grad(), resident([reward]):
         scores = []
         for image, prompt in zip(images, prompts, strict=True):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            scores.append(reward.score(image[None].clone().float().to(device), [prompt]).float().cpu())
+            scores.append(scores_of(reward, image[None].clone().float().to(device), [prompt]).cpu())
         return torch.cat(scores)
 
 

@@ -116,7 +116,7 @@ def test_prompts_by_length_are_ten_each_and_long_names_stay_apart(tmp_path):
         assert {len(units(entry, prompts, [])) for entry in table[name]} == {10}
     options = argparse.Namespace(
         model=None, steps=8, guidance=4, sampler="ddim", eta=0, held_out="a", seeds=1, reward="b",
-        size=None, first_seed=0, reward_path=None, held_out_path=None, categories=None,
+        size=None, first_seed=0, reward_path=None, held_out_path=None, categories=None, draw=None,
     )  # fmt: skip
     entry, same = table["long-prompts"][0], "a very long prompt " * 10
     files = {cell(tmp_path, entry, options, Unit([same + end])) for end in ("with a cat", "with a dog")}

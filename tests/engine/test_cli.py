@@ -21,7 +21,7 @@ from PIL import Image
 from ipgo_engine import IPGOTokens, TokenConfig, cli
 from ipgo_engine.cli import demo, models
 from ipgo_engine.cli.inputs import gather_prompts, parse_seeds, parse_size, read_prompts
-from ipgo_engine.errors import Cancelled, InputError
+from ipgo_engine.errors import Cancelled, InputError, NonFiniteError
 from ipgo_engine.formats.noise import read_noise
 from ipgo_engine.rewards import load
 from tests.engine.toys import ToyGenerator
@@ -452,6 +452,32 @@ def test_score_ranks_by_reward(toy: Path, capsys: pytest.CaptureFixture[str]):
     assert "a10.png" in out
     assert "alone.png" not in out.split("\n\n")[0]
     assert record(toy / "run")["versions"]
+
+
+def test_score_keeps_what_it_has_when_files_or_the_reward_fail(toy: Path, monkeypatch, capsys):
+    folder = toy / "a folder with a rather long name"
+    (folder / "sub.png").mkdir(parents=True)
+    for i in range(3):
+        Image.new("RGB", (8, 8), (i * 100,) * 3).save(folder / f"{i}.png")
+    (folder / "._0.png").write_bytes(b"what macOS leaves on foreign disks")
+    (folder / "9.png").write_bytes((folder / "1.png").read_bytes()[:40])
+    assert cli.main(["score", str(folder), "--reward", "brightness", "--out", "run"]) == 1
+    rows = csv_rows(toy / "run/scores.csv")
+    assert [Path(row["file"]).name for row in rows] == ["2.png", "1.png", "0.png", "9.png"]
+    assert "9.png" in rows[-1]["problem"]
+    said = capsys.readouterr()
+    assert "9.png" in said.err
+    assert "/2.png" in said.out
+
+    def breaks_at_the_third(self, images, prompts, seen=[]):  # noqa: B006
+        seen.append(prompts)
+        if len(seen) == 3:
+            raise NonFiniteError("the reward broke down")
+        return images.mean((1, 2, 3))
+
+    monkeypatch.setattr("ipgo_engine.rewards.brightness.Brightness.score", breaks_at_the_third)
+    assert cli.main(["score", str(folder), "--reward", "brightness", "--out", "again"]) == 1
+    assert len(csv_rows(toy / "again/scores.csv")) == 2
 
 
 def test_score_gives_each_picture_its_prompt(toy: Path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ipgo_engine import (
+    BudgetSpentError,
     Cancelled,
     InputError,
     JointConfig,
@@ -23,6 +24,7 @@ from ipgo_engine import (
 from ipgo_engine.config import LoopConfig
 from ipgo_engine.gradients import ESTIMATORS, Task
 from ipgo_engine.problems import NoiseProblem, TokenProblem
+from ipgo_engine.rewards import Robust, Weighted
 from tests.engine.toys import ToyGenerator, ToyReward
 
 SMALL = TokenConfig(prefix_length=3, suffix_length=2, basis_size=4)
@@ -464,3 +466,42 @@ def test_learning_rate_schedules():
     assert batch.epochs == 20
     assert batch.learning_rate_factor(19) == 1.0
     assert LoopConfig().learning_rate_factor(1000) == 1.0
+
+
+class Budgeted(ToyReward):
+    """May be asked a number of times per run, as a judge behind an address may."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most, self.left = most, 0
+
+    def begin_run(self) -> None:
+        self.left = self.most
+
+    def score(self, images, prompts):
+        if self.left == 0:
+            raise BudgetSpentError(f"all {self.most} calls are used up.")
+        self.left -= 1
+        return super().score(images, prompts)
+
+
+@pytest.mark.parametrize("wrap", [lambda r: r, lambda r: Weighted([(r, 1.0)]), lambda r: Robust(r, samples=1)])
+@pytest.mark.parametrize("method", ["tokens", "noise", "joint"])
+def test_a_spent_budget_ends_the_run_with_its_best_and_the_next_run_has_its_own(method, wrap):
+    reward, watcher = wrap(Budgeted(8)), Watcher()
+    first = run(method, watcher, reward)
+    assert first.stopped == "all 8 calls are used up"
+    assert len(first.history) > 1
+    assert watcher.messages[-1].endswith("all 8 calls are used up.")
+    assert first.rewards.mean() >= first.start_rewards.mean()
+    assert run(method, None, reward).stopped == first.stopped  # neither used up already nor refilled in between
+    with pytest.raises(BudgetSpentError):
+        run(method, None, wrap(Budgeted(0)))
+
+
+def test_a_held_out_reward_without_a_score_does_not_end_the_run():
+    watcher, spent = Watcher(), Budgeted(2)
+    result = run("noise", watcher, monitors=[spent])
+    assert result.stopped == "finished"
+    assert [bool(event.monitors) for event in result.history] == [True, True] + [False] * 7
+    assert [message for message in watcher.messages if "has no score at step 2" in message] == watcher.messages

@@ -50,6 +50,14 @@ def test_pictures_of_every_mode(tmp_path: Path, mode: str):
     assert float(image.min()) == 1.0
 
 
+def test_sixteen_bits_of_grey_keep_their_brightness(tmp_path: Path):
+    Image.fromarray(np.array([[0, 32768, 65535]], dtype=np.uint16)).save(tmp_path / "a.png")
+    assert report.open_image(tmp_path / "a.png")[0, :, 0].tolist() == [pytest.approx([0, 0.5, 1], abs=1e-4)] * 3
+    Image.fromarray(np.full((2, 2), 0.5, dtype=np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(InputError, match="floating-point"):
+        report.open_image(tmp_path / "a.tiff")
+
+
 def test_transparent_pixels_lie_on_white(tmp_path: Path):
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "a.png")
     assert float(report.open_image(tmp_path / "a.png").min()) == 1.0

@@ -37,7 +37,7 @@ def published(root):
         folder.mkdir(exist_ok=True, parents=True)
     tiny.transformers_clip(root / "clip", projection=768)
     tiny.save_fast_tokenizer(root / "clip")
-    tiny.transformers_clip(root / "pickscore", tokenizer=False, processor=False)
+    tiny.transformers_clip(root / "pickscore", tokenizer=False, processor=False, projection=1024)
     head = tiny.AuthorsHead(768)
     head.load_state_dict(tiny.fill(head.state_dict()))
     torch.save(head.state_dict(), root / "head" / "sac+logos+ava1-l14-linearMSE.pth")

@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -12,14 +13,14 @@ import torch
 from PIL import Image
 
 from ipgo_engine import rewards
-from ipgo_engine.errors import Cancelled, InputError, NonFiniteError
+from ipgo_engine.errors import BudgetSpentError, InputError, NonFiniteError
 from ipgo_engine.rewards.judge import Judge, JudgeConfig, JudgeError, parse_score
 
 from .conftest import serving
 
 
 class Endpoint:
-    """Answers like a chat server; `replies` are used up in turn, then brightness is the score."""
+    """Answers like a chat server; `replies` (status, text, header ...) are used up in turn, then brightness scores."""
 
     def __init__(self, replies=(), together=None):
         self.replies, self.together = list(replies), together
@@ -39,10 +40,13 @@ class Endpoint:
                     reply = endpoint.replies.pop(0) if endpoint.replies else None
                 if endpoint.together is not None:
                     endpoint.together.wait(60)
-                status, text = reply if reply is not None else (200, chat(f"Score: {10 * brightness(body):.2f}"))
+                brightest = (200, chat(f"Score: {10 * brightness(body):.2f}"))
+                status, text, *headers = reply if reply is not None else brightest
                 with endpoint.lock:
                     endpoint.running -= 1
                 self.send_response(status)
+                for header in headers:
+                    self.send_header(*header)
                 if 300 <= status < 400:
                     self.send_header("Location", "http://127.0.0.1:9/elsewhere")
                 self.end_headers()
@@ -89,7 +93,27 @@ def judge(url, **settings):
         ("  *9.5*. ", 9.5),
         ("The sky is odd.\nScore: 2\nOn reflection, Score: 4", 4),
         ("<think>Score: 9</think>Score: 1", 1),
+        ("the tag came with the question, Score: 9</think>7", 7),
         ("<think>never finished, Score: 9", None),
+        ("**8**/10", 8),
+        ("Score:\n8", 8),
+        ("Score: 8\r\nA fine picture.", 8),
+        ("Score: 7.5. The sky is odd.", 7.5),
+        ("**Score: 8 out of 10.**", 8),
+        ("Score: 8/10.0", 8),
+        ('{\n  "score": "7",\n  "why": "odd sky"\n}', 7),
+        ('```json\n{"why":"sky","score":7.5}\n```', 7.5),
+        ("4/5", None),
+        ("8/100", None),
+        ("Score: 8 out of 100", None),
+        ("Score: 8, out of 100", None),
+        ("Score: 8\nScore: 9 out of 100", None),
+        ("Score: 7,5", None),
+        ("7,5", None),
+        ("Score: 10-point scale: 6", None),
+        ("Score: 1e1", None),
+        ("Score: 80%", None),
+        ("Score: 8 dogs", None),
         ("I like it", None),
         ("I see 3 dogs", None),
         ("Score: 11", None),
@@ -100,6 +124,24 @@ def judge(url, **settings):
 )
 def test_parse_score(text, score):
     assert parse_score(text, 0, 10) == score
+
+
+def test_a_score_is_out_of_high():
+    assert parse_score("0.5/1", 0, 1) == 0.5
+    assert parse_score("Score: 80 out of 100", 0, 100) == 80
+    assert parse_score("Score: 8/10", 0, 100) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["1" * 40_000, f"Score: {'1' * 40_000}.1.1", "score:" * 40_000, "7 " * 40_000, "<think>" * 40_000],
+    ids=lambda text: text[:10],
+)
+def test_a_long_answer_does_not_hold_the_process(text):
+    started = time.process_time()
+    assert parse_score(text, 0, 10) is None
+    assert time.process_time() - started < 1
+    assert parse_score(text.replace("<think>", "") + "\nScore: 4", 0, 10) == 4
 
 
 def test_scores_prompt_and_picture_reach_the_endpoint():
@@ -135,12 +177,36 @@ def test_an_image_is_sent_once_shrunk_and_within_the_limit_of_calls_at_once():
     assert Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).size == (64, 64)
 
 
-@pytest.mark.parametrize("bad", [(500, "boom"), (429, "busy"), (200, "not json"), (200, chat("lovely!")), (200, "{}")])
+def test_the_same_picture_and_prompt_in_one_batch_are_sent_once():
+    endpoint = Endpoint(together=threading.Barrier(2))  # a call is answered only when two are under way
+    with serving(endpoint.handler()) as url:
+        scores = judge(url, concurrency=2).score(batch(0.5, 0.5, 0.0, 0.0), ["x"] * 4)
+    torch.testing.assert_close(scores, torch.tensor([5.02, 5.02, 0.0, 0.0]))
+    assert len(endpoint.seen) == 2
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [(500, "boom"), (429, "busy"), (200, "not json"), (200, chat("lovely!")), (200, "{}"), (200, "[" * 100_000)],
+    ids=lambda bad: f"{bad[0]} {bad[1][:20]}",
+)
 def test_a_failure_that_may_pass_is_tried_again(bad):
     endpoint = Endpoint([bad, (200, chat("Score: 4"))])
     with serving(endpoint.handler()) as url:
         assert judge(url).score(batch(0.5), ["x"]).item() == 4
     assert len(endpoint.seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("header", "pause"), [("3", 3), ("9999", 20), ("0", 0.5), ("Wed, 21 Oct 2026 07:28:00 GMT", 0.5)]
+)
+def test_a_busy_server_says_how_long_to_wait(header, pause, monkeypatch):
+    pauses = []
+    monkeypatch.setattr("ipgo_engine.rewards.judge.time.sleep", pauses.append)
+    endpoint = Endpoint([(503, "loading the model", ("Retry-After", header))])
+    with serving(endpoint.handler()) as url:
+        judge(url, timeout=20).score(batch(0.5), ["x"])
+    assert pauses == [pause]
 
 
 @pytest.mark.parametrize(
@@ -175,27 +241,79 @@ def test_nobody_there_and_too_slow():
             release.set()
 
 
+@pytest.mark.parametrize("slow", ["headers", "body"])
+def test_a_call_ends_in_time_though_bytes_keep_coming(slow):
+    release, handler = threading.Event(), Endpoint().handler()
+
+    def trickle(self):
+        if slow == "body":
+            self.send_response(200)
+            self.end_headers()
+        try:
+            while not release.wait(0.05):
+                self.wfile.write(b"H")
+        except OSError:  # the judge has hung up
+            pass
+
+    handler.do_POST = trickle
+    with serving(handler) as url:
+        watchdog = threading.Timer(5, release.set)
+        watchdog.start()
+        started = time.monotonic()
+        try:
+            with pytest.raises(JudgeError, match="timed out"):
+                judge(url, timeout=0.5, retries=0).score(batch(0.5), ["x"])
+        finally:
+            watchdog.cancel()
+            release.set()
+    assert time.monotonic() - started < 4
+
+
 def test_the_cost_is_bounded_and_ends_the_run_with_its_best():
     endpoint = Endpoint()
     with serving(endpoint.handler()) as url:
         reward = judge(url, max_calls=3, concurrency=1)
         reward.score(batch(0.1, 0.2, 0.3), ["x"] * 3)
-        with pytest.raises(Cancelled, match="all 3 calls are used up"):
+        with pytest.raises(BudgetSpentError, match="all 3 calls are used up, raise max_calls"):
             reward.score(batch(0.4), ["x"])
         assert reward.score(batch(0.1), ["x"]).item() == pytest.approx(1.02, abs=0.01)  # remembered, not sent
-    assert len(endpoint.seen) == 3
+        assert len(endpoint.seen) == 3
+        reward.begin_run()
+        reward.score(batch(0.4), ["x"])
+    assert reward.calls == 1
+
+
+@pytest.mark.parametrize(
+    ("typed", "path"),
+    [
+        ("  {}/v1/ ", "/v1/chat/completions"),
+        ("{}", "/chat/completions"),
+        ("{}/v1/chat/completions", "/v1/chat/completions"),
+        ("{}/v1?api-version=1", "/v1/chat/completions?api-version=1"),
+    ],
+)
+def test_addresses_as_people_type_them(typed, path):
+    endpoint = Endpoint()
+    with serving(endpoint.handler()) as url:
+        Judge(JudgeConfig(url=typed.format(url))).score(batch(0.5), ["x"])
+        host = url.removeprefix("http://")
+    assert [(seen, headers["Host"]) for seen, headers, _ in endpoint.seen] == [(path, host)]
 
 
 def test_the_key_comes_from_a_named_variable_only(monkeypatch):
     with pytest.raises(InputError, match="IPGO_TEST_KEY"):
         Judge(JudgeConfig(url="http://127.0.0.1:9", key_variable="IPGO_TEST_KEY"))
-    monkeypatch.setenv("IPGO_TEST_KEY", "secret")
+    monkeypatch.setenv("IPGO_TEST_KEY", "secret\n")
     endpoint = Endpoint()
     with serving(endpoint.handler()) as url:
         reward = judge(url, key_variable="IPGO_TEST_KEY")
         reward.score(batch(0.5), ["x"])
     assert endpoint.seen[0][1]["Authorization"] == "Bearer secret"
     assert "secret" not in repr(reward.config)
+    for unusable in ("", "geheim\u00e4"):
+        monkeypatch.setenv("IPGO_TEST_KEY", unusable)
+        with pytest.raises(InputError, match="whose value is no key"):
+            judge(url, key_variable="IPGO_TEST_KEY")
 
 
 @pytest.mark.parametrize(
@@ -205,15 +323,28 @@ def test_the_key_comes_from_a_named_variable_only(monkeypatch):
         {"url": "localhost:8080"},
         {"url": "ftp://example.org"},
         {"url": "http://user:password@example.org"},
+        {"url": "http://127.0.0.1:99999/v1"},
+        {"url": "http://127.0.0.1:0/v1"},
+        {"url": "http://127.0.0.1:abc/v1"},
+        {"url": "http://[::1/v1"},
+        {"url": "http://a..b/v1"},
+        {"url": "http://127.0.0.1:9/v\u00e4"},
+        {"url": "http://127.0.0.1:9/v 1"},
         {"low": 5, "high": 5},
         {"retries": -1},
         {"concurrency": 0},
         {"max_calls": 0},
+        {"max_tokens": 0},
         {"timeout": 0},
+        {"timeout": float("inf")},
+        {"timeout": float("nan")},
         {"longest_side": 2},
         {"template": "rate it"},
         {"template": "{prompt} {unknown}"},
         {"template": "{prompt} {"},
+        {"template": "{prompt} {low.x}"},
+        {"template": "{prompt} {low[0]}"},
+        {"template": "{prompt[0]}"},
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings):

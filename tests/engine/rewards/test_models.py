@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ipgo_engine import rewards
 from ipgo_engine.errors import InputError
@@ -25,7 +25,7 @@ def root(tmp_path_factory):
     for name in ("aesthetic", "hpsv2", "pickscore", "imagereward", loading.CLIP_L_FOLDER):
         (root / name).mkdir()
     tiny.transformers_clip(root / loading.CLIP_L_FOLDER, projection=768)
-    tiny.transformers_clip(root / "pickscore", processor=False)
+    tiny.transformers_clip(root / "pickscore", processor=False, projection=1024)
     head = tiny.AuthorsHead(768)
     head.load_state_dict(tiny.fill(head.state_dict()))
     torch.save(head.state_dict(), root / "aesthetic" / "sac+logos+ava1-l14-linearMSE.pth")
@@ -181,7 +181,7 @@ def test_pickscore_is_the_authors_computation(root, models):
 
 
 def test_pickscore_without_tokenizer_files_uses_the_shipped_vocabulary(root, models, tmp_path):
-    tiny.transformers_clip(tmp_path, tokenizer=False)
+    tiny.transformers_clip(tmp_path, tokenizer=False, projection=1024)
     bare = rewards.load("pickscore", tmp_path)
     torch.testing.assert_close(
         bare.score(batch(), tiny.PROMPTS), models["pickscore"].score(batch(), tiny.PROMPTS), atol=1e-4, rtol=1e-5
@@ -236,3 +236,26 @@ def test_converted_imagereward_scores_the_same(root, models, tmp_path):
         converted.score(batch(), tiny.PROMPTS), models["imagereward"].score(batch(), tiny.PROMPTS)
     )
     assert "blip.visual_encoder.cls_token" in load_file(tmp_path / "ImageReward.safetensors")
+
+
+def test_another_model_under_the_name_is_refused(root, tmp_path):
+    """A wrong click in a list of folders must not give plausible numbers."""
+    with pytest.raises(InputError, match="another CLIP, with 768 features instead of 1024"):
+        rewards.load("pickscore", root / loading.CLIP_L_FOLDER)
+    with pytest.raises(InputError, match=r"is version 2\.0"):
+        hps.load_hps(root / "hpsv2" / hps.FILES["v2.0"], "v2.1")
+
+
+def test_a_link_to_a_name_without_ending_loads_with_the_vocabulary_beside_the_link(root, tmp_path):
+    """Hubs keep files under their hashes and link to them."""
+    blob = tmp_path / "blobs" / "0a1b2c"
+    blob.parent.mkdir()
+    save_file(tiny.open_clip_model().state_dict(), blob)
+    link = tmp_path / "HPS_v2.1_compressed.safetensors"
+    link.symlink_to(blob)
+    tiny.save_clip_tokenizer(tmp_path)
+    architecture = {"model_cfg": tiny.ARCHITECTURE}
+    linked = hps.load_hps(link, "v2.1", architecture=architecture)
+    torch.testing.assert_close(linked.score(batch(), tiny.PROMPTS), hps_of("v2.1")(root).score(batch(), tiny.PROMPTS))
+    blob.rename(tmp_path / "renamed.pt")  # safetensors under the name of a checkpoint
+    assert set(files.read_weights(tmp_path / "renamed.pt")) == set(tiny.open_clip_model().state_dict())

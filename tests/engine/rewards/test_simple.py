@@ -177,3 +177,39 @@ def test_bad_settings():
     for scales in ([], [(0.0, 0.0)], [(float("inf"), 1.0)]):
         with pytest.raises(InputError, match="scale"):
             rewards.Weighted([(rewards.load("jpeg"), 1.0)], scales=scales)
+
+
+class Odd:
+    name, differentiable = "odd", False
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def score(self, images, prompts):
+        return self.answer
+
+
+@pytest.mark.parametrize("answer", [torch.zeros(3, 1), torch.tensor(0.5), torch.zeros(2), [0.1, 0.2, 0.3], 0.5, None])
+@pytest.mark.parametrize("wrap", [lambda r: rewards.Weighted([(r, 1.0)]), rewards.Robust])
+def test_a_score_of_another_shape_is_one_sentence_and_no_broadcast(answer, wrap):
+    with pytest.raises(InputError, match=r"odd.*3 image.*shape \(3,\)"):
+        wrap(Odd(answer)).score(torch.rand(3, 3, 16, 16), ["x"] * 3)
+
+
+def test_every_version_of_a_picture_that_a_reward_sees_is_a_picture():
+    """Other packs' rewards may wrap around outside [0, 1]."""
+    seen = []
+
+    class Watching:
+        name, differentiable = "watching", True
+
+        def score(self, images, prompts):
+            seen.append((float(images.detach().min()), float(images.detach().max())))
+            return images.mean((1, 2, 3))
+
+    images = torch.cat([torch.zeros(1, 3, 24, 24), torch.ones(1, 3, 24, 24)]).requires_grad_()
+    rewards.Robust(Watching(), noise=0.2).score(images, ["x", "x"]).sum().backward()
+    assert min(low for low, _ in seen) >= 0
+    assert max(high for _, high in seen) <= 1
+    assert images.grad is not None
+    assert images.grad.abs().min() > 0
