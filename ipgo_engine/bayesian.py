@@ -42,7 +42,7 @@ class BayesianProposer:
         self.points = torch.cat((self.points, (flat / self._bound + 1)[None] / 2))
         self.scores = torch.cat((self.scores, torch.tensor([[score]], dtype=torch.float64)))
         with torch.random.fork_rng(), torch.enable_grad():  # botorch draws from torch's global stream
-            torch.manual_seed(self._seed * 1_000_003 + len(self.points))
+            torch.manual_seed((self._seed * 1_000_003 + len(self.points)) % (1 << 63))
             point = self._space_filling() if len(self.points) < INITIAL else self._most_promising()
         flat = (point * 2 - 1) * self._bound
         for coefficient, part in zip(

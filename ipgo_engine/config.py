@@ -38,6 +38,8 @@ class TokenConfig:
     clamp_in_forward: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("prefix_length", "suffix_length", "basis_size"):
+            _require(isinstance(getattr(self, name), int), name, getattr(self, name), "use a whole number")
         for name in ("prefix_length", "suffix_length"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a number of tokens cannot be negative")
         total = self.prefix_length + self.suffix_length
@@ -63,7 +65,8 @@ class LoopConfig:
 
     learning_rate: float = 1e-3
     decay: float = 1.0  # the learning rate is multiplied by this ...
-    decay_every: int = 10  # ... after every so many epochs or iterations
+    decay_every: int = 10  # ... after every so many epochs, iterations or updates
+    decay_by: Literal["epoch", "update"] = "epoch"  # the same unless an epoch has several updates
     clip_norm: float = 1.0  # of the gradient; 0 switches clipping off
     backprop_steps: int | None = None  # K: model steps that gradients pass through; None is all of them
     checkpoint: bool = True  # recompute activations: slower by about a third, memory flat in the number of steps
@@ -81,6 +84,7 @@ class LoopConfig:
         lr_ok = math.isfinite(self.learning_rate) and self.learning_rate > 0
         _require(lr_ok, "learning_rate", self.learning_rate, "use a positive number")
         _require(0 < self.decay <= 1, "decay", self.decay, "use a number above 0 and at most 1")
+        _require(self.decay_by in ("epoch", "update"), "decay_by", self.decay_by, "use 'epoch' or 'update'")
         _require(self.clip_norm >= 0, "clip_norm", self.clip_norm, "use 0 (no clipping) or more")
         for name in ("decay_every", "perturbations", "monitor_every", "preview_every"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
@@ -90,8 +94,9 @@ class LoopConfig:
         _require(self.gradient in GRADIENTS, "gradient", self.gradient, f"use one of {', '.join(GRADIENTS)}")
         _require(self.perturbation_scale > 0, "perturbation_scale", self.perturbation_scale, "use a positive number")
 
-    def learning_rate_factor(self, done: int) -> float:
-        """What the learning rate is multiplied by after `done` epochs or iterations."""
+    def learning_rate_factor(self, updates: int, updates_per_epoch: int = 1) -> float:
+        """What the learning rate is multiplied by after so many updates."""
+        done = updates if self.decay_by == "update" else updates // updates_per_epoch
         return self.decay ** (done // self.decay_every)
 
 
@@ -129,7 +134,7 @@ class OptimizeConfig(LoopConfig):
         else:
             base = cls(tokens=tokens, backprop_steps=2, conformity_norm="l1-mean")
             if batch:
-                base = replace(base, epochs=20, decay=0.95, decay_every=15, batch_size=4)
+                base = replace(base, epochs=20, decay=0.95, decay_every=15, decay_by="update", batch_size=4)
         return replace(base, **changes)
 
 

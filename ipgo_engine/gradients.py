@@ -50,6 +50,16 @@ class Task:
         """Rewards of these rows' images."""
         return scores_of(self.reward, images, [self.problem.prompts[row] for row in rows])
 
+    def mean_score(self, reward: Reward, rows: Sequence[int], evaluation: Evaluation) -> float:
+        """Another reward's mean over images that are there, a few at a time."""
+        prompts = [self.problem.prompts[row] for row in rows]
+        total = 0.0
+        with torch.no_grad():
+            for places in self.chunks(range(len(rows))):
+                chosen = [prompts[i] for i in places]
+                total += float(scores_of(reward, evaluation.images[places], chosen).sum())
+        return total / len(rows)
+
     def generate(self, rows: Sequence[int]) -> Tensor:
         """Images of these rows, differentiable in the parameters."""
         conditioning, noise = self.problem.inputs(rows)

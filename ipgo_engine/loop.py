@@ -19,7 +19,7 @@ from .formats.state import read_state, write_state
 from .gradients import Evaluation, Task, choose
 from .memory import is_out_of_memory, save_memory
 from .problems import Problem, restore, snapshot
-from .rewards.base import Reward, begin_run, scores_of
+from .rewards.base import Reward, begin_run
 
 RETRIES = 3  # how often a run goes back to its best after a non-finite number before it gives up
 VALIDATION_ROWS = 16  # images of one validation pass when an epoch has several updates
@@ -59,6 +59,8 @@ class Loop:
         self.update, self.failures, self.stopped = 0, 0, "finished"
         self.best = Best()
         self._said: set[str] = set()
+        self._measured: int | None = None  # the step at which held-out rewards were measured last
+        self._torn = False  # while an update is half done
         self.history: list[StepEvent] = []
         self.start: Evaluation | None = None
 
@@ -73,7 +75,9 @@ class Loop:
         begin_run(self.task.reward, *self.monitors.values())
         try:
             if self.start is None and self.problem.shared:
-                self.start = self._guarded(self._evaluate_start)
+                start = self._guarded(self._evaluate_start)
+                self._refuse(self._trouble(start))
+                self.start = start
             while True:
                 if self.observer.cancelled():
                     raise Cancelled("cancelled by the observer")
@@ -88,7 +92,7 @@ class Loop:
         except BudgetSpentError as error:
             if self.best.state is None or self.start is None:
                 raise
-            self._stop(str(error).rstrip("."))
+            self._stop(self.update, str(error).rstrip("."))
         finally:
             self._save()
 
@@ -96,28 +100,38 @@ class Loop:
 
     def _step(self) -> bool:
         """One evaluation and, but for the last step, one update. False when the run is over."""
-        started, last = time.perf_counter(), self.update >= self.total
-        rows = self.problem.rows(self.update)
+        started, step, last = time.perf_counter(), self.update, self.update >= self.total
+        rows = self.problem.rows(step)
         evaluation = self._guarded(lambda: self._evaluate(rows, last))
         penalty, probability = self.problem.regularize(rows)
-        trouble = self._trouble(evaluation)
-        norm = 0.0
+        trouble, norm = self._trouble(evaluation), 0.0
+        judged = None if trouble else self._judged(rows, evaluation)
+        if judged:
+            trouble = self._trouble(judged[1])
         if not trouble:
-            self._remember(evaluation, probability)
+            self._remember(judged, probability)
             if not last:
                 norm = self._gradient(rows, penalty)
                 trouble = None if math.isfinite(norm) else "the gradient is not finite"
         if trouble:
             return self._recover(trouble, last)
-        monitors = self._measure(rows, evaluation, last)
         if not last:
             self._apply(evaluation, penalty)
+        monitors = self._measure(judged, step, last)
         seconds = time.perf_counter() - started
-        self._report(evaluation, probability, float(penalty.detach()) / len(rows), norm, monitors, seconds)
-        if last or self._should_stop(probability):
-            return False
-        self.update += 1
-        return True
+        self._report(step, evaluation, probability, float(penalty.detach()) / len(rows), norm, monitors, seconds)
+        return not (last or self._should_stop(step, probability))
+
+    def _judged(self, rows: list[int], evaluation: Evaluation) -> tuple[list[int], Evaluation] | None:
+        """What steps are compared by: the update's own rows or, where those are a part of the prompts, a validation.
+
+        None between two validations, of which there is one at the start of every epoch.
+        """
+        if self.problem.updates_per_epoch == 1:
+            return rows, evaluation
+        if self.update % self.problem.updates_per_epoch:
+            return None
+        return self.result_rows, self._guarded(lambda: self.task.evaluate(self.result_rows))
 
     def _evaluate(self, rows: list[int], last: bool) -> Evaluation:
         self.optimizer.zero_grad(set_to_none=True)
@@ -135,7 +149,6 @@ class Loop:
                 if not is_out_of_memory(error):
                     raise
                 reason = error.with_traceback(None)  # the frames in it would keep the tensors alive
-            self.optimizer.zero_grad(set_to_none=True)
             message = save_memory(self.task, len(self.problem.prompts))
             if message is None:
                 raise IPGOError(
@@ -153,10 +166,9 @@ class Loop:
 
     def _recover(self, trouble: str, last: bool) -> bool:
         """Go back to the best with half the learning rate; give up after a few times."""
-        if self.best.state is None or self.start is None:
-            raise NonFiniteError(
-                f"At the start {trouble}: nothing can be learned. Check the model's precision and the reward."
-            )
+        if not self.history:
+            self._refuse(trouble)
+        assert self.best.state is not None
         self.failures += 1
         restore(self.problem, self.best.state)
         self.optimizer.state.clear()
@@ -167,15 +179,20 @@ class Loop:
         self.update += 1
         return not last and self.failures <= RETRIES
 
-    def _remember(self, evaluation: Evaluation, probability: Tensor | None) -> None:
-        """Offer the present parameters as the best; where one update sees a part of the prompts, validate first."""
+    def _refuse(self, trouble: str | None) -> None:
+        """What is wrong before anything was learned will be wrong again."""
+        if trouble:
+            raise NonFiniteError(
+                f"At the start {trouble}: nothing can be learned. Check the model's precision and the reward."
+            )
+
+    def _remember(self, judged: tuple[list[int], Evaluation] | None, probability: Tensor | None) -> None:
+        """Offer the present parameters as the best."""
+        if judged is None:
+            return
         if self.start is None:  # noise starts as what the stock sampler draws, so its first image is the stock one
-            self.start = evaluation
-        if self.problem.updates_per_epoch > 1:
-            if self.update % self.problem.updates_per_epoch:
-                return
-            evaluation = self.task.evaluate(self.result_rows)
-        self.best.consider(self.problem, evaluation, probability, self.limit)
+            self.start = judged[1]
+        self.best.consider(self.problem, judged[1], probability, self.limit)
 
     def _gradient(self, rows: list[int], penalty: Tensor) -> float:
         """Add the penalty's gradient, average over rows for shared parameters, clip; the norm before clipping."""
@@ -197,34 +214,40 @@ class Loop:
         return norm
 
     def _apply(self, evaluation: Evaluation, penalty: Tensor) -> None:
+        """One update, and its number: a state between the two would repeat it after a resume."""
+        self._torn = True
         if self.problem.proposer is not None:
             score = evaluation.rewards.sum() - penalty.detach().to(evaluation.rewards)
             self.problem.proposer.step(float(score) / len(evaluation.rewards))
-            return
-        factor = self.config.learning_rate_factor(self.update // self.problem.updates_per_epoch)
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
-        self.optimizer.step()
-        self.problem.project_()
+        else:
+            factor = self.config.learning_rate_factor(self.update, self.problem.updates_per_epoch)
+            for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+                group["lr"] = rate * factor
+            self.optimizer.step()
+            self.problem.project_()
+        self.update += 1
+        self._torn = False
 
     # -- watching -----------------------------------------------------------------------------------------------------
 
-    def _measure(self, rows: list[int], evaluation: Evaluation, last: bool) -> dict[str, float]:
-        if not self.monitors or (self.update % self.config.monitor_every and not last):
+    def _measure(self, judged: tuple[list[int], Evaluation] | None, step: int, last: bool) -> dict[str, float]:
+        """Held-out rewards every so many steps, always of the same rows: other prompts would not compare."""
+        due = self._measured is None or step - self._measured >= self.config.monitor_every or last
+        if judged is None or not due:
             return {}
-        prompts, found = [self.problem.prompts[row] for row in rows], {}
+        self._measured, found = step, {}
         for name, monitor in self.monitors.items():
             try:
-                with torch.no_grad():
-                    found[name] = float(scores_of(monitor, evaluation.images, prompts).mean())
+                found[name] = self._guarded(lambda m=monitor: self.task.mean_score(m, *judged))
             except Cancelled:
                 raise
             except IPGOError as error:  # what is only watched does not end a run
-                self._say_once(f"Held-out reward {name!r} has no score at step {self.update}: {error}", name)
+                self._say_once(f"Held-out reward {name!r} has no score at step {step}: {error}", name)
         return found
 
     def _report(
         self,
+        step: int,
         evaluation: Evaluation,
         probability: Tensor | None,
         penalty: float,
@@ -234,7 +257,7 @@ class Loop:
     ) -> None:
         assert self.best.rewards is not None
         event = StepEvent(
-            step=self.update,
+            step=step,
             total=self.total,
             reward=float(evaluation.rewards.mean()),
             best=float(self.best.rewards.mean()),
@@ -245,10 +268,10 @@ class Loop:
             seconds=seconds,
         )
         self.history.append(event)
-        preview = self.update % self.config.preview_every == 0 or self.update == self.total
+        preview = step % self.config.preview_every == 0 or step == self.total
         self.observer.on_step(replace(event, images=evaluation.images) if preview else event)
 
-    def _should_stop(self, probability: Tensor | None) -> bool:
+    def _should_stop(self, step: int, probability: Tensor | None) -> bool:
         if self.limit is not None and probability is not None and bool((probability < self.limit).all()):
             self.stopped = f"P(z) fell below {self.limit:g} for every image"
         elif self.config.patience is not None and self.monitors:
@@ -258,12 +281,12 @@ class Loop:
                 self.stopped = f"the held-out reward {name!r} has stopped rising"
         if self.stopped == "finished":
             return False
-        self._stop(self.stopped)
+        self._stop(step, self.stopped)
         return True
 
-    def _stop(self, reason: str) -> None:
+    def _stop(self, step: int, reason: str) -> None:
         self.stopped = reason
-        self.observer.on_message(f"Stopped at step {self.update}: {reason}.")
+        self.observer.on_message(f"Stopped at step {step}: {reason}.")
 
     def _say_once(self, message: str, about: str) -> None:
         if about not in self._said:
@@ -274,7 +297,7 @@ class Loop:
 
     def _save(self) -> None:
         """Write what a resumed run needs. A full disk costs the file, never the run."""
-        if self.state_file is None or self.start is None or self.best.state is None:
+        if self.state_file is None or self.start is None or self.best.state is None or self._torn:
             return
         state = {
             "identity": self._identity(),
@@ -310,7 +333,7 @@ class Loop:
         assert self.state_file is not None
         state = read_state(self.state_file)
         mine, theirs = self._identity(), state.get("identity", {})
-        different = sorted(key for key in mine if mine[key] != theirs.get(key))
+        different = _different(theirs, mine)
         if different:
             raise InputError(
                 f"{self.state_file} belongs to another run (different: {', '.join(different)}): "
@@ -328,6 +351,7 @@ class Loop:
         self.start = Evaluation(**_to_device(state["start"], device))
         events = [StepEvent(**event) for event in state["history"]]
         self.history = [event for event in events if event.step < self.update]  # the last step is evaluated again
+        self._measured = max((event.step for event in self.history if event.monitors), default=None)
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -337,11 +361,23 @@ def spread(count: int, most: int) -> list[int]:
     return [round(i * (count - 1) / (most - 1)) for i in range(most)]
 
 
+WATCHING = ("epochs", "iterations", "micro_batch", "checkpoint", "monitor_every", "preview_every", "patience")
+"""Settings that change how long a run is, what it shows and how much memory it takes: free to differ after a resume."""
+
+
 def _as_json(value: Any) -> Any:
-    """Settings as JSON gives them back, so that they compare equal after a round trip; the length may change."""
+    """Settings as JSON gives them back, so that they compare equal after a round trip."""
     if isinstance(value, Mapping):
-        return {key: _as_json(item) for key, item in value.items() if key not in ("epochs", "iterations")}
+        return {key: _as_json(item) for key, item in value.items() if key not in WATCHING}
     return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _different(theirs: Any, mine: Any, name: str = "") -> list[str]:
+    """Names of the settings that differ, innermost ones."""
+    if not (isinstance(theirs, Mapping) and isinstance(mine, Mapping)):
+        return [] if theirs == mine else [name]
+    keys = sorted({*theirs, *mine})
+    return [found for key in keys for found in _different(theirs.get(key), mine.get(key), str(key))]
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

@@ -6,12 +6,15 @@ import torch
 
 from .gradients import Task
 
+_OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory", "ALLOC_FAILED")
+"""Windows and Linux, MPS and others, cuBLAS and cuDNN."""
+
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """True for an accelerator's out-of-memory error and for the CPU allocator's."""
+    """True for an accelerator's out-of-memory error, its libraries', and the CPU allocator's."""
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
 def save_memory(task: Task, rows: int) -> str | None:

@@ -90,7 +90,7 @@ def _run(loop: Loop, resume: bool, learned: Callable[[], Any]) -> Result[Any]:
     try:
         loop.run()
     except Exception as error:
-        if loop.best.state is None or loop.start is None:
+        if loop.best.state is None or loop.start is None or not loop.history:
             raise
         failure, loop.stopped = error, f"failed: {error}"
     assert loop.best.state is not None
@@ -124,12 +124,24 @@ def _loop(
         task,
         total,
         options.observer or Silent(),
-        {monitor.name: monitor for monitor in options.monitors},
+        _by_name(options.monitors),
         settings,
         None if options.state_file is None else Path(options.state_file),
         options.save_every,
         token_rate,
     )
+
+
+def _by_name(monitors: Sequence[Reward]) -> dict[str, Reward]:
+    """Under names of their own, in order: two CLIP models are "clip" and "clip (2)"."""
+    found: dict[str, Reward] = {}
+    for monitor in monitors:
+        name, number = monitor.name, 1
+        while name in found:
+            number += 1
+            name = f"{monitor.name} ({number})"
+        found[name] = monitor
+    return found
 
 
 def train_tokens(

@@ -111,7 +111,7 @@ class TokenProblem:
         epoch, position = divmod(update, self.updates_per_epoch)
         order = list(range(len(self._unique)))
         if self.updates_per_epoch > 1:
-            shuffle = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+            shuffle = torch.Generator().manual_seed((self.config.seed * 1_000_003 + epoch) % (1 << 63))
             order = torch.randperm(len(order), generator=shuffle).tolist()
         chosen = set(order[position * self._batch : (position + 1) * self._batch])
         return [row for row, (p, _) in enumerate(self._pairs) if p in chosen]

@@ -140,7 +140,7 @@ class IPGOTokens(nn.Module):
             raise InputError(f"dim is {dim}: the rotations of eqs. 4 and 5 need an even embedding width.")
         self.dim, self.config = dim, config or TokenConfig()
         self.metadata: dict[str, Any] = {}
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed % (1 << 63))
         lengths = {"prefix": self.config.prefix_length, "suffix": self.config.suffix_length}
         self.sides = nn.ModuleDict(
             {name: _Side(dim, length, self.config, generator) for name, length in lengths.items() if length}
@@ -214,6 +214,10 @@ class IPGOTokens(nn.Module):
         width. Raises `InputError` when the file is missing, damaged or not a tokens file.
         """
         dim, config, tensors, metadata = read_tokens(path, encoder=encoder, dim=dim)
+        # The finished tokens first: settings of a damaged file may ask for any amount of memory.
+        lengths = {"tokens.prefix": config.prefix_length, "tokens.suffix": config.suffix_length}
+        if any(name not in tensors or tensors[name].shape != (length, dim) for name, length in lengths.items()):
+            raise InputError(f"{path} is damaged: its tensors do not fit its own settings. Train or copy it again.")
         try:
             tokens = cls(dim, config)
         except InputError as error:
@@ -222,8 +226,8 @@ class IPGOTokens(nn.Module):
         found = {name: value.shape for name, value in tensors.items() if not name.startswith("tokens.")}
         if wanted != found:
             raise InputError(f"{path} is damaged: its tensors do not fit its own settings. Train or copy it again.")
-        if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
-            raise InputError(f"{path} holds numbers that are not finite: train or copy it again.")
+        if not all(value.dtype == torch.float32 and bool(torch.isfinite(value).all()) for value in tensors.values()):
+            raise InputError(f"{path} holds numbers that are not finite or not float32: train or copy it again.")
         tokens.load_state_dict({name: tensors[name] for name in wanted})
         tokens.metadata = metadata
         return tokens

@@ -484,13 +484,18 @@ def rewrite(path: Path, how: str) -> None:
         header["config"] = "{"
     elif how == "not finite":
         tensors["sides.prefix.coefficients"][0, 0] = math.nan
+    elif how in ("half a token", "endless"):
+        length = 2.5 if how == "half a token" else 10**12
+        header["config"] = json.dumps(json.loads(header["config"]) | {"prefix_length": length})
+    elif how == "numbers of eight bits":
+        tensors = {name: value.to(torch.float8_e4m3fn) for name, value in tensors.items()}
     save_file(tensors, path, metadata=header)
 
 
 DAMAGE = [
     "cut short", "empty", "nonsense", "another safetensors", "a folder", "gone", "a tensor too few",
     "a tensor too small", "unknown setting", "senseless setting", "settings of the wrong kind", "basis_size is text",
-    "no dim", "odd dim", "not JSON", "not finite",
+    "no dim", "odd dim", "not JSON", "not finite", "half a token", "endless", "numbers of eight bits",
 ]  # fmt: skip
 
 
