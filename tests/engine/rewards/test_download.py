@@ -14,7 +14,7 @@ import torch
 
 from ipgo_engine import cli, rewards
 from ipgo_engine.errors import Cancelled, InputError
-from ipgo_engine.rewards import fetch, files, hps, weights
+from ipgo_engine.rewards import files, hps, transfer, weights
 from ipgo_engine.rewards.text import CLIP_L_FOLDER
 
 from . import tiny
@@ -171,7 +171,7 @@ def test_consent_is_asked_after_sizes_and_licences_and_before_anything_is_fetche
 
 
 def test_the_command_lists_what_there_is_without_a_network(monkeypatch, capsys):
-    monkeypatch.setattr(fetch, "_open", no_network)
+    monkeypatch.setattr(transfer, "_open", no_network)
     assert cli.main(["download"]) == 0
     out = capsys.readouterr().out
     for name, items in weights.WEIGHTS.items():
