@@ -30,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say("interrupted", INTERRUPTED)
     except IPGOError as error:
         return _say(error, 1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _say(f"{error.filename!r} cannot be used ({error.strerror or error}): give another path.", 2)
 
 
 def _say(message: object, code: int) -> int:

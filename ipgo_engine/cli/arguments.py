@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -26,7 +27,11 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments; prompts and pictures may stand before, between and after the options."""
     parser = build_parser()
-    arguments, rest = parser.parse_known_args(argv)
+    typed = list(sys.argv[1:] if argv is None else argv)
+    for text in typed:
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # how Python hands over bytes it cannot decode
+            parser.error(f"argument {text!r} holds bytes that are not UTF-8 text")
+    arguments, rest = parser.parse_known_args(typed)
     free = next((vars(arguments)[name] for name in ("prompts", "images") if name in arguments), None)
     if rest and (free is None or any(text.startswith("-") for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -138,6 +143,21 @@ def _download_options(parser: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    """A converter for whole numbers from `least` on."""
+
+    def convert(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = least - 1
+        if number < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+        return number
+
+    return convert
+
+
 def _add_run(parser: Any) -> None:
     """What train, noise and joint share."""
     _add_prompts(parser)
@@ -147,12 +167,16 @@ def _add_run(parser: Any) -> None:
     _add_machine(parser)
     group = parser.add_argument_group("comparison")
     group.add_argument(
-        "--fresh-seeds", type=int, default=1, metavar="N", help="seeds not trained on that tokens are tried with"
+        "--fresh-seeds",
+        type=_at_least(0),
+        default=1,
+        metavar="N",
+        help="seeds not trained on that tokens are tried with (default: 1)",
     )
     group.add_argument(
         "--best-of-n",
         nargs="?",
-        type=int,
+        type=_at_least(1),
         const=0,
         metavar="N",
         help="also score the best of N random seeds; without N, of as many as cost the same model evaluations",
@@ -179,14 +203,14 @@ def _add_model(parser: Any) -> None:
     from ..generators.samplers import SAMPLERS
 
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="demo", metavar="FOLDER", help='local diffusers folder, or "demo" (default)')
-    group.add_argument("--sampler", default="ddim", metavar="NAME", help=f"one of {', '.join(SAMPLERS)}")
-    group.add_argument("--eta", type=float, default=0.0, help="DDIM's: 0 is deterministic, 1 injects noise")
-    group.add_argument("--steps", type=int, default=25, help="model steps (default: 25)")
+    group.add_argument("--model", metavar="FOLDER", help='local diffusers folder, or "demo" (default)')
+    group.add_argument("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLERS)} (default: ddim)")
+    group.add_argument("--eta", type=float, help="DDIM's: 0 is deterministic, 1 injects noise (default: 0)")
+    group.add_argument("--steps", type=int, help="model steps (default: 25)")
     group.add_argument("--cfg", type=float, default=None, help="guidance scale (default: 7.5, demo model: its own)")
     group.add_argument("--size", default=None, metavar="N|WxH", help="pixels, multiples of 8 (default: the model's)")
     group.add_argument("--negative", default=None, metavar="TEXT", help="negative prompt")
-    group.add_argument("--seeds", default="0", metavar="LIST", help="of the pictures: 3, or 0,1,7, or 0-9 (default: 0)")
+    group.add_argument("--seeds", metavar="LIST", help="of the pictures: 3, or 0,1,7, or 0-9 (default: 0)")
     group.add_argument("--unpadded", action="store_true", help="cut prompts after their last token, no padding to 77")
 
 
@@ -224,8 +248,8 @@ def _add_output(parser: Any, *, resume: bool) -> None:
 def _add_machine(parser: Any) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="of the weights")
+    group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights (default: float32)")
     group.add_argument(
-        "--autocast", choices=("none", "bfloat16", "float16"), default="none", help="compute UNet and VAE in this type"
+        "--autocast", choices=("none", "bfloat16", "float16"), help="compute UNet and VAE in this type (default: none)"
     )
     group.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads")

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ..config import NoiseConfig, OptimizeConfig, TokenConfig
-from ..errors import Cancelled, InputError
+from ..errors import Cancelled, InputError, IPGOError
 from ..formats.noise import write_noise
 from ..generators.base import Generator
 from ..noise import CHANNEL_DIM, NoiseRegularizer
-from ..optimize import Result, RunFailedError, optimize_noise, train_tokens
+from ..optimize import Result, optimize_noise, train_tokens
 from ..report import environment, slug
 from ..rewards import Reward, load
 from . import models
@@ -70,6 +70,7 @@ class Demo:
 
     plan: Plan
     seed: int
+    settings: dict[str, Any]
     generator: Generator
     target: Reward
     judge: Reward | None
@@ -90,22 +91,27 @@ def run(arguments: argparse.Namespace) -> int:
     from .demo_page import write_page
 
     demo, record = _prepare(arguments)
-    started = time.time()
+    started, stopped = time.time(), "finished"
     with demo.interrupt, demo.folder.writing(record):
         for step in (_tokens, _noise, _best_of_n, _hack):
             if demo.interrupt.requested:
                 break
             try:
                 step(demo)
-            except (Cancelled, RunFailedError) as error:
-                if isinstance(error, Cancelled) and not demo.trials:
+            except IPGOError as error:
+                if not demo.trials:
                     raise
-                print(f"ipgo: {error}", file=sys.stderr)
+                if not isinstance(error, Cancelled):
+                    stopped = f"failed: {error}"
+                    print(f"ipgo: {error}", file=sys.stderr)
                 break
-        record |= {"seconds": time.time() - started, "config": demo.configs}
-        record["stopped"] = "cancelled" if demo.interrupt.requested else "finished"
+        if demo.interrupt.requested:
+            stopped = "cancelled"
+        record |= {"seconds": time.time() - started, "config": demo.configs, "stopped": stopped}
         print(write_page(demo, record))
-    return INTERRUPTED if demo.interrupt.requested else 0
+    if stopped == "cancelled":
+        return INTERRUPTED
+    return 0 if stopped == "finished" else 1
 
 
 def _prepare(arguments: argparse.Namespace) -> tuple[Demo, dict[str, Any]]:
@@ -116,15 +122,15 @@ def _prepare(arguments: argparse.Namespace) -> tuple[Demo, dict[str, Any]]:
     models.set_threads(arguments.threads)
     device = models.choose_device(arguments.device)
     interrupt = Interrupt()
-    settings = {
+    settings: dict[str, Any] = {
         "model": "demo",
         "sampler": "ddim",
         "eta": 0.0,
         "steps": plan.steps,
         "guidance_scale": models.demo_cfg(),
-        "dtype": arguments.dtype,
-        "autocast": arguments.autocast,
+        **{name: getattr(arguments, name) or models.DEFAULTS[name] for name in ("dtype", "autocast")},
     }
+    models.check_precision(settings["dtype"], settings["autocast"])
     generator = models.make_generator(settings, device, interrupt)
     target, judge = load_demo_rewards(device)
     record: dict[str, Any] = {
@@ -138,7 +144,7 @@ def _prepare(arguments: argparse.Namespace) -> tuple[Demo, dict[str, Any]]:
         "versions": environment(),
         "stopped": "running",
     }
-    return Demo(plan, arguments.seed, generator, target, judge, interrupt, folder), record
+    return Demo(plan, arguments.seed, settings, generator, target, judge, interrupt, folder), record
 
 
 def load_demo_rewards(device: Any) -> tuple[Reward, Reward | None]:
@@ -169,15 +175,19 @@ def _tokens(demo: Demo) -> None:
         checkpoint=False,
     )
     demo.configs["tokens"] = config
-    results = []
+    results: list[Result[Any]] = []
+    trouble: IPGOError | None = None
     for prompt in demo.plan.prompts:
-        result = _watched(
-            demo,
-            f"tokens: {prompt}",
-            lambda progress, prompt=prompt: train_tokens(
-                demo.generator, demo.target, [prompt], config, progress, monitors=demo.monitors
-            ),
+        call: Callable[[Progress], Result[Any]] = lambda progress, prompt=prompt: train_tokens(  # noqa: E731
+            demo.generator, demo.target, [prompt], config, progress, monitors=demo.monitors
         )
+        try:
+            result = _watched(demo, f"tokens: {prompt}", call)
+        except IPGOError as error:
+            if not results:
+                raise
+            trouble = error  # the prompts before this one are shown first
+            break
         result.best.save(demo.folder / f"tokens-{slug(prompt)}.safetensors", preset="demo")
         results.append(result)
         if demo.interrupt.requested:
@@ -185,6 +195,8 @@ def _tokens(demo: Demo) -> None:
     trial = _trial(demo, "tokens", "IPGO tokens", demo.target, results)
     for record, result in zip(trial.records, results, strict=True):
         record["fresh raw"], record["fresh"] = _fresh(demo, record["prompt"], result)
+    if trouble is not None:
+        raise trouble
 
 
 def _noise(demo: Demo) -> None:
@@ -201,6 +213,7 @@ def _noise(demo: Demo) -> None:
         if key == "noise":
             seeds = [demo.seed] * len(prompts)
             labels = {"prompts": prompts, "seeds": seeds, "encoder": demo.generator.encoder}
+            labels["run"] = {"generator": demo.settings}
             write_noise(demo.folder / "noise.safetensors", result.best, **labels)
         if demo.interrupt.requested:
             return

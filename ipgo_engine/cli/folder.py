@@ -58,6 +58,13 @@ class ResultsFolder:
 
 def plan_folder(out: str | None, command: str, *, resume: bool = False) -> ResultsFolder:
     """Where results will go. Raises `InputError` for a folder that is in use, or that has nothing to resume."""
+    try:
+        return _plan(out, command, resume)
+    except OSError as error:
+        raise InputError(f"--out {out} cannot be used ({error.strerror or error}): give another folder.") from error
+
+
+def _plan(out: str | None, command: str, resume: bool) -> ResultsFolder:
     if resume:
         if out is None:
             raise InputError("--resume needs --out: the folder of the run to go on with.")

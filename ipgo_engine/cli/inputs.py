@@ -42,9 +42,11 @@ def gather_prompts(typed: Sequence[str], file: str | None) -> list[str]:
     return check_prompts(prompts)
 
 
-def parse_seeds(text: str) -> list[int]:
-    """Seeds of "3", "0,1,7" or "0-9", each once."""
+def parse_seeds(text: str | None) -> list[int]:
+    """Seeds of "3", "0,1,7" or "0-9", each once; seed 0 where nothing was typed."""
     seeds: list[int] = []
+    if text is None:
+        return [0]
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not _is_number(first) or (dash and not _is_number(last)):
@@ -57,7 +59,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()
+    return text.isascii() and text.isdigit() and len(text) < 30
 
 
 def parse_size(text: str | None) -> tuple[int | None, int | None]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,44 @@ from ..generators.base import Generator
 from .inputs import parse_size
 
 DEFAULT_CFG = 7.5
+DEFAULTS = {
+    "model": "demo",
+    "sampler": "ddim",
+    "eta": 0.0,
+    "steps": 25,
+    "padded": True,
+    "dtype": "float32",
+    "autocast": "none",
+}
+"""Settings of the model that are not typed; the parser leaves them empty, so that a noise file can bring its own."""
+
+_OPTIONS = {
+    "model": "--model",
+    "sampler": "--sampler",
+    "eta": "--eta",
+    "steps": "--steps",
+    "guidance_scale": "--cfg",
+    "negative_prompt": "--negative",
+    "width": "--size",
+    "height": "--size",
+    "padded": "--unpadded",
+    "dtype": "--dtype",
+    "autocast": "--autocast",
+}
+_OPTIONAL_SIZE, _NUMBER = (int, type(None)), (int, float)
+_KINDS: dict[str, Any] = {
+    "model": str,
+    "sampler": str,
+    "eta": _NUMBER,
+    "steps": int,
+    "guidance_scale": _NUMBER,
+    "negative_prompt": (str, type(None)),
+    "width": _OPTIONAL_SIZE,
+    "height": _OPTIONAL_SIZE,
+    "padded": bool,
+    "dtype": str,
+    "autocast": str,
+}
 
 
 def choose_device(name: str) -> Any:
@@ -23,7 +62,7 @@ def choose_device(name: str) -> Any:
         name = "cuda" if torch.cuda.is_available() else "mps" if mps is not None and mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" makes tensors without values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n")[0]
         raise InputError(f"device is {name!r}: it cannot be used here ({reason}); try cpu.") from error
@@ -36,34 +75,84 @@ def set_threads(threads: int | None) -> None:
 
     if threads is None:
         return
-    if threads < 1:
-        raise InputError(f"threads is {threads}: use 1 or more.")
+    most = 4 * (os.cpu_count() or 1)  # thousands of threads end the process instead of helping it
+    if not 1 <= threads <= most:
+        raise InputError(f"threads is {threads}: use 1 to {most}.")
     torch.set_num_threads(threads)
 
 
-def model_settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What decides about a picture besides prompt and seed; stored with every run and compared on --resume."""
+def model_settings(
+    arguments: argparse.Namespace, stored: Mapping[str, Any] | None = None, source: str | None = None
+) -> dict[str, Any]:
+    """What decides about a picture besides prompt and seed; stored with every run and compared on --resume.
+
+    `stored` are the settings in the file `source`, whose noise makes its picture with these alone: they take the place
+    of what was not typed, and what was typed must not contradict them.
+    """
     from ..generators.samplers import SAMPLERS
 
-    if arguments.sampler not in SAMPLERS:
-        raise InputError(f"sampler is {arguments.sampler!r}: use one of {', '.join(SAMPLERS)}.")
+    typed, stored = _typed(arguments), _checked(stored or {}, source)
+    different = [_OPTIONS[key] for key, value in typed.items() if _contradicts(key, value, stored)]
+    if different:
+        was = ", ".join(f"{_OPTIONS[key]} {stored[key]}" for key in typed if _OPTIONS[key] in different)
+        raise InputError(f"{source} was made with {was}: leave {', '.join(dict.fromkeys(different))} out.")
+    found = {key: typed.get(key, stored.get(key, DEFAULTS.get(key))) for key in _OPTIONS}
+    if found["sampler"] not in SAMPLERS:
+        raise InputError(f"sampler is {found['sampler']!r}: use one of {', '.join(SAMPLERS)}.")
+    demo = found["model"] == "demo"
+    if not demo and not Path(found["model"]).is_dir():
+        raise InputError(f"model folder {found['model']} does not exist: give a local diffusers folder, or demo.")
+    if found["guidance_scale"] is None:
+        found["guidance_scale"] = demo_cfg() if demo else DEFAULT_CFG
+    check_precision(found["dtype"], found["autocast"])
+    return found
+
+
+def _typed(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given on the command line."""
     width, height = parse_size(arguments.size)
-    demo = arguments.model == "demo"
-    if not demo and not Path(arguments.model).is_dir():
-        raise InputError(f"model folder {arguments.model} does not exist: give a local diffusers folder, or demo.")
-    return {
-        "model": "demo" if demo else str(Path(arguments.model).resolve()),
+    model = arguments.model
+    given = {
+        "model": model if model in (None, "demo") else str(Path(model).resolve()),
         "sampler": arguments.sampler,
         "eta": arguments.eta,
         "steps": arguments.steps,
-        "guidance_scale": (demo_cfg() if demo else DEFAULT_CFG) if arguments.cfg is None else arguments.cfg,
+        "guidance_scale": arguments.cfg,
         "negative_prompt": arguments.negative,
         "width": width,
         "height": height,
-        "padded": not arguments.unpadded,
+        "padded": False if arguments.unpadded else None,
         "dtype": arguments.dtype,
         "autocast": arguments.autocast,
     }
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _checked(stored: Mapping[str, Any], source: str | None) -> Mapping[str, Any]:
+    """The stored settings, after a look at their kinds."""
+    for key, value in stored.items():
+        kinds = _KINDS.get(key, object)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and key != "padded"):
+            raise InputError(f"{source} is damaged: its setting {key} is {value!r}; copy it again.")
+    return stored
+
+
+def _contradicts(key: str, value: Any, stored: Mapping[str, Any]) -> bool:
+    """Whether a typed setting would make another picture than the stored one."""
+    if key not in stored or key in ("dtype", "autocast"):  # rounding alone: noise from a GPU must open on a CPU, too
+        return False
+    was = stored[key]
+    if key in ("width", "height") and was is None:  # the model's own size, which the noise's shape is compared with
+        return False
+    if key == "model" and was != "demo" and not Path(was).is_dir():  # the folder has moved
+        return False
+    return was != value
+
+
+def check_precision(dtype: str, autocast: str) -> None:
+    """Raise `InputError` for two kinds of half precision at once, which no layer can compute with."""
+    if {dtype, autocast} == {"float16", "bfloat16"}:
+        raise InputError(f"--dtype {dtype} contradicts --autocast {autocast}: leave --autocast out or use one type.")
 
 
 def demo_cfg() -> float:

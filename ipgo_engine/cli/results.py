@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import Cancelled
-from ..formats.noise import write_noise
+from ..formats.noise import LEARNED_WITH, write_noise
 from ..loop import spread
 from ..noise import CHANNEL_DIM, NoiseRegularizer
 from ..optimize import Result
 from ..report import before_after, draw_curves, plain_table, save_figure, save_image, slug, write_csv, write_json
+from ..rewards import Reward
 from ..tokens import IPGOTokens
-from .evaluate import best_of, images_at_equal_cost, rate, render
+from .evaluate import Attempts, best_of, images_at_equal_cost, rate, render
 from .folder import RUN_FILE
 from .session import Session
 
@@ -29,13 +28,24 @@ IN_GRID = 24  # rows of the before/after picture; more would be a picture nobody
 
 @dataclass
 class Outcome:
-    """One call of the engine."""
+    """What one call of the engine has learned."""
 
+    name: str
+    """The end of its files' names."""
     rows: list[tuple[str, int]]
     prompts: list[str]
     result: Result[Any]
     last_images: Tensor | None
     seconds: float
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A call of the engine that broke down, with or without a best so far."""
+
+    prompts: list[str]
+    reason: str
+    bad_input: bool
 
 
 @dataclass
@@ -62,30 +72,58 @@ def noise_of(result: Result[Any]) -> Tensor | None:
     return next((part for part in parts if isinstance(part, Tensor)), None)
 
 
-def write_results(session: Session, outcomes: Sequence[Outcome], seconds: float) -> str:
-    """Fill the results folder; the score table as text."""
-    folder, several = session.folder, len(outcomes) > 1
-    pictures: list[Picture] = []
-    for number, outcome in enumerate(outcomes, start=1):
-        name = f"-{number:02d}-{slug(outcome.prompts[0])}" if several else ""
-        _write_learned(session, outcome, name)
-        pictures += _pictures(session, outcome)
+def write_results(session: Session, outcomes: Sequence[Outcome], failures: Sequence[Failure], seconds: float) -> str:
+    """Fill the results folder; the score table as text.
+
+    First everything that is known, then, as far as it goes, what has to be rendered and scored for comparison.
+    """
+    attempts = Attempts()
+    groups = [_pictures(session, outcome, attempts) for outcome in outcomes]
+    pictures = [picture for group in groups for picture in group]
+    record = _record(session, outcomes, failures, seconds)
     _write_images(session, pictures)
-    title = f"{session.command}: {session.rewards.target.name}"
-    histories = {outcome.prompts[0] if several else session.command: outcome.result.history for outcome in outcomes}
-    save_figure(folder / "curves.png", draw_curves(histories, reward=session.rewards.target.name, title=title))
-    records = [{"prompt": p.prompt, "seed": p.seed, **p.scores} for p in pictures]
-    write_csv(folder / "scores.csv", records)
+    _write_curves(session, outcomes)
+    _write_scores(session, pictures, record)
+    for outcome, group in zip(outcomes, groups, strict=True):
+        _score(session, group, attempts)
+        attempts("P(z)", lambda o=outcome, g=group: _probabilities(session, o, g))
+        _compare(session, outcome, group, attempts)
+    records = _write_scores(session, pictures, record)
+    return plain_table(records + _mean(records))
+
+
+def _record(
+    session: Session, outcomes: Sequence[Outcome], failures: Sequence[Failure], seconds: float
+) -> dict[str, Any]:
+    """run.json without the scores."""
     runs = [
         {"prompts": o.prompts, "stopped": o.result.stopped, "seconds": o.seconds, "history": _history(o.result)}
         for o in outcomes
     ]
-    stopped = "finished" if all(o.result.stopped == "finished" for o in outcomes) else outcomes[-1].result.stopped
+    early = [o.result.stopped for o in outcomes if o.result.stopped != "finished"]
+    stopped = f"failed: {failures[0].reason}" if failures else early[-1] if early else "finished"
     if session.interrupt.requested:
         stopped = "cancelled"
-    record = {**session.record, "stopped": stopped, "seconds": seconds, "scores": records, "runs": runs}
-    write_json(folder / RUN_FILE, record)
-    return plain_table(records + _mean(records))
+    failed = [{"prompts": failure.prompts, "reason": failure.reason} for failure in failures]
+    return {**session.record, "stopped": stopped, "seconds": seconds, "scores": [], "runs": runs, "failed": failed}
+
+
+def _write_curves(session: Session, outcomes: Sequence[Outcome]) -> None:
+    name = session.rewards.target.name
+    histories = {
+        outcome.prompts[0] if outcome.name else session.command: outcome.result.history for outcome in outcomes
+    }
+    figure = draw_curves(histories, reward=name, title=f"{session.command}: {name}")
+    save_figure(session.folder / "curves.png", figure)
+
+
+def _write_scores(session: Session, pictures: Sequence[Picture], record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The files that hold scores: what the table says of every picture."""
+    records = [{"prompt": p.prompt, "seed": p.seed, **p.scores} for p in pictures]
+    _write_sheet(session, pictures)
+    write_csv(session.folder / "scores.csv", records)
+    write_json(session.folder / RUN_FILE, record | {"scores": records})
+    return records
 
 
 def _history(result: Result[Any]) -> list[dict[str, Any]]:
@@ -104,62 +142,75 @@ def _mean(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [line]
 
 
-def _write_learned(session: Session, outcome: Outcome, name: str) -> None:
+def write_learned(session: Session, outcome: Outcome) -> None:
+    """The tokens file and the noise file of one job."""
     tokens, noise = tokens_of(outcome.result), noise_of(outcome.result)
     settings = {"generator": session.settings, "config": json.loads(json.dumps(asdict(session.config)))}
+    tokens_file = f"tokens{outcome.name}.safetensors"
     if tokens is not None:
-        tokens.save(session.folder / f"tokens{name}.safetensors", preset=session.arguments.preset, run=settings)
+        tokens.save(session.folder / tokens_file, preset=session.arguments.preset, run=settings)
     if noise is not None:
         rows = {"prompts": [p for p, _ in outcome.rows], "seeds": [s for _, s in outcome.rows]}
         labels = {"encoder": session.generator.encoder, "reward": session.rewards.target.name, "run": settings}
-        write_noise(session.folder / f"noise{name}.safetensors", noise, **rows, **labels)
+        labels[LEARNED_WITH] = None if tokens is None else tokens_file
+        write_noise(session.folder / f"noise{outcome.name}.safetensors", noise, **rows, **labels)
 
 
-def _pictures(session: Session, outcome: Outcome) -> list[Picture]:
-    """Images of every row, with their scores."""
-    rows, before, best = _all_rows(session, outcome)
+def _pictures(session: Session, outcome: Outcome, attempts: Attempts) -> list[Picture]:
+    """Images of every row, with the scores the run itself has found.
+
+    The engine reports a part of the rows when tokens learn from many prompts; the others are rendered.
+    """
+    result, rows = outcome.result, outcome.rows
+    if len(result.image) < len(rows):
+        drawn: list[Picture] = []
+        if attempts("rendering every prompt", lambda: drawn.extend(_rendered(session, outcome))):
+            return drawn
+        rows = [rows[i] for i in spread(len(rows), len(result.image))]
     last = outcome.last_images
     last = last.float().cpu() if last is not None and len(last) == len(rows) else None
-    pictures = [
-        Picture(prompt, seed, before[i], best[i], None if last is None else last[i])
-        for i, (prompt, seed) in enumerate(rows)
-    ]
-    _score(session, pictures)
-    _probabilities(session, outcome, pictures)
-    with contextlib.suppress(Cancelled):  # Ctrl-C while comparing: the columns that are missing stay empty
-        _compare(session, outcome, pictures)
+    pictures = []
+    for i, (prompt, seed) in enumerate(rows):
+        picture = Picture(prompt, seed, result.start_image[i], result.image[i], None if last is None else last[i])
+        raw, best = float(result.start_rewards[i]), float(result.rewards[i])
+        picture.scores |= {"raw": raw, "last": None, "best": best, "gain": best - raw}
+        pictures.append(picture)
     return pictures
 
 
-def _all_rows(session: Session, outcome: Outcome) -> tuple[list[tuple[str, int]], Tensor, Tensor]:
-    """Rows, images before and best. The engine reports a part of the rows when tokens learn from many prompts."""
-    result, rows = outcome.result, outcome.rows
-    reported = rows if len(result.image) == len(rows) else [rows[i] for i in spread(len(rows), len(result.image))]
-    if reported is not rows:
-        prompts, seeds = [p for p, _ in rows], [s for _, s in rows]
-        with contextlib.suppress(Cancelled):
-            before = render(session.generator, prompts, seeds, size=session.size)
-            best = render(session.generator, prompts, seeds, tokens=tokens_of(result), size=session.size)
-            return rows, before, best
-    return reported, result.start_image, result.image
+def _rendered(session: Session, outcome: Outcome) -> list[Picture]:
+    prompts, seeds = [p for p, _ in outcome.rows], [s for _, s in outcome.rows]
+    before = render(session.generator, prompts, seeds, size=session.size)
+    best = render(session.generator, prompts, seeds, tokens=tokens_of(outcome.result), size=session.size)
+    return [Picture(p, s, before[i], best[i]) for i, (p, s) in enumerate(outcome.rows)]
 
 
-def _score(session: Session, pictures: Sequence[Picture]) -> None:
-    """Raw, last and best; parts of a sum and held-out rewards before and after."""
-    prompts, device = [p.prompt for p in pictures], session.generator.device
-    before, best = (torch.stack([getattr(p, name) for p in pictures]) for name in ("before", "best"))
+def _score(session: Session, pictures: Sequence[Picture], attempts: Attempts) -> None:
+    """What the run has not measured: rendered and last images, parts of a sum, held-out rewards before and after."""
     target = session.rewards.target
-    columns: dict[str, Sequence[float | None]] = {"raw": rate(target, before, prompts, device)}
-    last = [p.last for p in pictures if p.last is not None]
-    columns["last"] = rate(target, torch.stack(last), prompts, device) if last else [None] * len(pictures)
-    columns["best"] = rate(target, best, prompts, device)
+    columns = [(target, "raw", "before"), (target, "last", "last"), (target, "best", "best")]
     parts = [reward for reward, _ in session.rewards.parts] if len(session.rewards.parts) > 1 else []
     for reward in [*parts, *session.rewards.monitors]:
-        columns[f"{reward.name} raw"] = rate(reward, before, prompts, device)
-        columns[f"{reward.name} best"] = rate(reward, best, prompts, device)
-    for i, picture in enumerate(pictures):
-        picture.scores.update({name: values[i] for name, values in columns.items()})
-        picture.scores["gain"] = picture.scores["best"] - picture.scores["raw"]
+        columns += [(reward, f"{reward.name} raw", "before"), (reward, f"{reward.name} best", "best")]
+    for reward, column, images in columns:
+        for picture in pictures:
+            picture.scores.setdefault(column, None)
+        missing = [p for p in pictures if p.scores[column] is None and getattr(p, images) is not None]
+        if missing:
+            attempts(
+                f"scoring by {reward.name!r}",
+                lambda r=reward, c=column, i=images, m=missing: _rate(session, r, c, i, m),
+            )
+    for picture in pictures:
+        raw, best = picture.scores["raw"], picture.scores["best"]
+        picture.scores["gain"] = None if raw is None or best is None else best - raw
+
+
+def _rate(session: Session, reward: Reward, column: str, images: str, pictures: Sequence[Picture]) -> None:
+    stacked = torch.stack([getattr(picture, images) for picture in pictures])
+    values = rate(reward, stacked, [picture.prompt for picture in pictures], session.generator.device)
+    for picture, value in zip(pictures, values, strict=True):
+        picture.scores[column] = value
 
 
 def _probabilities(session: Session, outcome: Outcome, pictures: Sequence[Picture]) -> None:
@@ -175,25 +226,42 @@ def _probabilities(session: Session, outcome: Outcome, pictures: Sequence[Pictur
         picture.scores.update({"P(z) raw": low, "P(z)": high})
 
 
-def _compare(session: Session, outcome: Outcome, pictures: Sequence[Picture]) -> None:
+def _compare(session: Session, outcome: Outcome, pictures: Sequence[Picture], attempts: Attempts) -> None:
     """Tokens on seeds they were not trained with, and the best of N random seeds."""
-    tokens, generator, reward = tokens_of(outcome.result), session.generator, session.rewards.target
-    fresh = [max(session.seeds) + 1 + i for i in range(session.arguments.fresh_seeds)]
+    tokens, asked = tokens_of(outcome.result), session.arguments.best_of_n
+    count = 0 if asked is None else asked or _equal_cost(session, outcome)
     for prompt in outcome.prompts:
-        found: dict[str, float] = {}
-        if session.interrupt.requested:
-            return
-        if tokens is not None and fresh:
-            prompts = [prompt] * len(fresh)
-            for name, used in (("fresh raw", None), ("fresh", tokens)):
-                images = render(generator, prompts, fresh, tokens=used, size=session.size)
-                found[name] = statistics.fmean(rate(reward, images, prompts, generator.device))
-        if session.arguments.best_of_n is not None:
-            count = session.arguments.best_of_n or _equal_cost(session, outcome)
-            found[f"best of {count}"] = best_of(generator, reward, prompt, count, session.size)[1]
-        for picture in pictures:
-            if picture.prompt == prompt:
-                picture.scores.update(found)
+        shown = [picture for picture in pictures if picture.prompt == prompt]
+        if tokens is not None and session.arguments.fresh_seeds:
+            _fill(shown, ("fresh raw", "fresh"), lambda p=prompt: _fresh(session, p, tokens), attempts, "fresh seeds")
+        if count:
+            _fill(shown, (f"best of {count}",), lambda p=prompt: _best_of(session, p, count), attempts, "best of N")
+
+
+def _fill(
+    pictures: Sequence[Picture],
+    columns: Sequence[str],
+    measure: Callable[[], Sequence[float]],
+    attempts: Attempts,
+    name: str,
+) -> None:
+    """Measured values, the same for every picture of a prompt; empty cells where nothing can be measured."""
+    found: list[float] = []
+    done = attempts(f"the comparison with {name}", lambda: found.extend(measure()))
+    for picture in pictures:
+        picture.scores |= dict(zip(columns, found, strict=True)) if done else dict.fromkeys(columns)
+
+
+def _fresh(session: Session, prompt: str, tokens: IPGOTokens) -> list[float]:
+    """Means of the raw prompt and of the tokens."""
+    seeds = [max(session.seeds) + 1 + i for i in range(session.arguments.fresh_seeds)]
+    prompts, generator = [prompt] * len(seeds), session.generator
+    images = [render(generator, prompts, seeds, tokens=used, size=session.size) for used in (None, tokens)]
+    return [statistics.fmean(rate(session.rewards.target, part, prompts, generator.device)) for part in images]
+
+
+def _best_of(session: Session, prompt: str, count: int) -> list[float]:
+    return [best_of(session.generator, session.rewards.target, prompt, count, session.size)[1]]
 
 
 def _equal_cost(session: Session, outcome: Outcome) -> int:
@@ -210,13 +278,18 @@ def _write_images(session: Session, pictures: Sequence[Picture]) -> None:
             image = getattr(picture, name)
             if image is not None:
                 save_image(folder / f"{stem}-{name}.png", image)
+
+
+def _write_sheet(session: Session, pictures: Sequence[Picture]) -> None:
     shown = pictures[:IN_GRID]
+    low, high = ([p.scores[name] for p in shown if p.scores.get(name) is not None] for name in ("raw", "best"))
+    known = len(low) == len(high) == len(shown)
     sheet = before_after(
         torch.stack([p.before for p in shown]),
         torch.stack([p.best for p in shown]),
         [f"{p.prompt}  (seed {p.seed})" for p in shown],
-        [p.scores["raw"] for p in shown],
-        [p.scores["best"] for p in shown],
+        low if known else None,
+        high if known else None,
         title=f"{session.command}: {session.rewards.target.name}",
     )
     save_image(session.folder / "before-after.png", sheet)

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ..config import NoiseConfig
-from ..errors import Cancelled
+from ..errors import Cancelled, InputError, IPGOError
 from ..optimize import Result, RunFailedError, optimize_jointly, optimize_noise, train_tokens
+from ..report import slug
+from .evaluate import describe_error
 from .progress import Progress
-from .results import Outcome, describe, write_results
+from .results import Failure, Outcome, describe, write_learned, write_results
 from .session import Session, prepare
 from .settings import joint_config, noise_config, token_config
 
@@ -28,6 +30,8 @@ class Job:
     number: int
     prompts: list[str]
     seeds: list[int]
+    name: str
+    """The end of its files' names; empty where there is one job only."""
 
     @property
     def rows(self) -> list[tuple[str, int]]:
@@ -54,48 +58,77 @@ def _jobs(session: Session) -> list[Job]:
     """Prompt-wise: one job per prompt. Shared tokens, and noise (whose pictures are independent): one job in all."""
     together = isinstance(session.config, NoiseConfig) or session.arguments.mode == "batch"
     groups = [session.prompts] if together else [[prompt] for prompt in session.prompts]
-    return [Job(number, group, session.seeds) for number, group in enumerate(groups, start=1)]
+    names = [f"-{i:02d}-{slug(group[0])}" if len(groups) > 1 else "" for i, group in enumerate(groups, start=1)]
+    return [Job(i, group, session.seeds, name) for i, (group, name) in enumerate(zip(groups, names, strict=True), 1)]
 
 
 def _run(session: Session, method: Method) -> int:
     from . import INTERRUPTED
 
     started = time.time()
-    outcomes: list[Outcome] = []
-    failure = None
+    jobs = _jobs(session)
     with session.interrupt, session.folder.writing(session.record):
-        jobs = _jobs(session)
-        for job in jobs:
-            if session.interrupt.requested:
-                break
-            try:
-                outcomes.append(_one(session, method, job, len(jobs)))
-            except RunFailedError as error:
-                failure = str(error)
-                outcomes.append(Outcome(job.rows, job.prompts, error.result, None, 0.0))
-                break
-            except Cancelled:
-                if not outcomes:
-                    raise
-                break
-        table = write_results(session, outcomes, time.time() - started)
+        outcomes, failures = _work(session, method, jobs)
+        if not outcomes:
+            raise _nothing(failures)
+        table = write_results(session, outcomes, failures, time.time() - started)
     print(table)
     print(describe(session.folder.path))
-    if failure:
-        print(f"ipgo: {' '.join(failure.split())}; the best so far was written", file=sys.stderr)
-        return 1
-    return INTERRUPTED if session.interrupt.requested else 0
+    if failures and len(jobs) > 1:
+        names = ", ".join(repr(failure.prompts[0]) for failure in failures)
+        print(f"ipgo: {len(failures)} of {len(jobs)} prompts broke down ({names})", file=sys.stderr)
+    if session.interrupt.requested:
+        return INTERRUPTED
+    return 1 if failures else 0
 
 
-def _one(session: Session, method: Method, job: Job, count: int) -> Outcome:
-    label = session.command if count == 1 else f"[{job.number}/{count}] {job.prompts[0][:24]}"
-    progress = Progress(label, session.interrupt)
-    started = time.perf_counter()
+def _work(session: Session, method: Method, jobs: list[Job]) -> tuple[list[Outcome], list[Failure]]:
+    """Every job, whatever becomes of the others; what a job learned is on the disk before the next one begins."""
+    outcomes: list[Outcome] = []
+    failures: list[Failure] = []
+    for job in jobs:
+        if session.interrupt.requested:
+            break
+        try:
+            outcome, reason = _one(session, method, job, len(jobs))
+            outcomes.append(outcome)
+            write_learned(session, outcome)
+            bad_input = False
+        except Cancelled:
+            break
+        except Exception as error:  # as text: the error itself would keep the model's tensors alive
+            reason, bad_input = describe_error(error), isinstance(error, InputError)
+        if reason is not None:
+            failures.append(Failure(job.prompts, reason, bad_input))
+            if len(jobs) > 1 or outcomes:
+                kept = "; the best so far is written" if outcomes and outcomes[-1].name == job.name else ""
+                print(f"ipgo: {_label(session, job, len(jobs))}: {' '.join(reason.split())}{kept}", file=sys.stderr)
+    return outcomes, failures
+
+
+def _nothing(failures: list[Failure]) -> IPGOError:
+    """The error of a command that has learned nothing at all."""
+    if not failures:
+        return Cancelled("cancelled before anything was learned")
+    return (InputError if failures[0].bad_input else IPGOError)(failures[0].reason)
+
+
+def _label(session: Session, job: Job, count: int) -> str:
+    return session.command if count == 1 else f"[{job.number}/{count}] {job.prompts[0][:24]}"
+
+
+def _one(session: Session, method: Method, job: Job, count: int) -> tuple[Outcome, str | None]:
+    """What one job learned, and why it ended if it broke down."""
+    progress = Progress(_label(session, job, count), session.interrupt)
+    started, reason = time.perf_counter(), None
     try:
         result = method(session.generator, session.rewards.target, **_inputs(session, method, job, progress))
+    except RunFailedError as error:
+        result, reason = error.result, str(error)
     finally:
         progress.close()
-    return Outcome(job.rows, job.prompts, result, progress.last_images, time.perf_counter() - started)
+    last = progress.last_images if reason is None else None
+    return Outcome(job.name, job.rows, job.prompts, result, last, time.perf_counter() - started), reason
 
 
 def _inputs(session: Session, method: Method, job: Job, progress: Progress) -> dict[str, Any]:

@@ -33,6 +33,12 @@ class Option(NamedTuple):
             raise argparse.ArgumentTypeError(f"{text!r} is not {number}{also}") from None
 
 
+def _method_seed(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 19 or int(text) >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
 LOOP = {
     "learning_rate": Option("size of an update"),
     "decay": Option("the learning rate is multiplied by this ..."),
@@ -46,7 +52,7 @@ LOOP = {
     "micro_batch": Option("images generated at once (command line default: 4)", int, none="all"),
     "monitor_every": Option("steps between measurements of the held-out rewards", int),
     "patience": Option("stop after so many measurements without a better held-out reward", int, none="none"),
-    "seed": Option("random numbers of the method itself, not of the pictures", int, flag="--method-seed"),
+    "seed": Option("random numbers of the method itself, not of the pictures", _method_seed, flag="--method-seed"),
 }
 TOKENS = {
     "prefix_length": Option("tokens before the prompt", int),

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -15,6 +16,8 @@ from .files import write_whole
 from .tokens import engine_version
 
 FORMAT = "ipgo-noise-1"
+LEARNED_WITH = "learned_with"
+"""The label that names the tokens file without which this noise gives another picture; None for noise alone."""
 
 
 def write_noise(path: str | Path, noise: Tensor, **metadata: Any) -> Path:
@@ -34,6 +37,28 @@ def read_noise(path: str | Path) -> tuple[Tensor, dict[str, Any]]:
             header = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
             if header.pop("format", None) != FORMAT:
                 raise ValueError("it is another kind of safetensors file")
-            return file.get_tensor("noise"), header
+            noise = file.get_tensor("noise")
+        _check(noise, header)
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} is not a noise file or is damaged ({error}).") from error
+    return noise, header
+
+
+def _check(noise: Tensor, header: dict[str, Any]) -> None:
+    """Raise `ValueError` for what a reader could not use."""
+    if noise.ndim != 5 or not noise.numel() or not noise.is_floating_point():
+        raise ValueError(f"its noise is a {noise.dtype} tensor of shape {tuple(noise.shape)}")
+    if not torch.isfinite(noise.float()).all():
+        raise ValueError("its noise holds numbers that are not finite")
+    for name, fits in (("prompts", _is_text), ("seeds", _is_seed)):
+        values = header.get(name, [])
+        if not isinstance(values, list) or not all(map(fits, values)):
+            raise ValueError(f"its {name} cannot be read")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
+def _is_seed(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63  # a bool is an int, too

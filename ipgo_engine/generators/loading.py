@@ -12,6 +12,8 @@ import torch
 from ..errors import InputError
 
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+_VOCABULARIES = (("vocab.json", "merges.txt"), ("tokenizer.json",))
 _PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -23,11 +25,13 @@ def load_pipeline(
     if not index.is_file():
         raise InputError(f"folder is {str(folder)!r}: there is no model_index.json; give a local diffusers folder.")
     try:
-        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+        name = parts["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{index} cannot be read ({error!r}): give a local diffusers folder.") from error
     if name not in _PIPELINES:
         raise InputError(f"{index} describes a {name}: use a folder of {' or '.join(_PIPELINES)}.")
+    _check_parts(Path(folder), parts)
     import diffusers
 
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "torch_dtype": dtype or torch.float32}
@@ -40,10 +44,32 @@ def load_pipeline(
             # The option is called `dtype` in later versions, which still take this name; earlier ones take no other.
             warnings.simplefilter("ignore", FutureWarning)
             pipeline = getattr(diffusers, name).from_pretrained(str(folder), **options)
-    except (OSError, ValueError) as error:
-        text = f"folder is {str(folder)!r}: it cannot be loaded; every part must be there, as safetensors. {error}"
-        raise InputError(text) from error
+    except Exception as error:  # the libraries have one for every kind of damage
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"folder is {str(folder)!r}: it cannot be loaded ({type(error).__name__}: {reason}); "
+            "every part must be there whole, as safetensors: copy it again."
+        ) from error
     return pipeline.to(device) if device is not None else pipeline
+
+
+def _check_parts(folder: Path, index: dict[str, Any]) -> None:
+    """Raise `InputError` unless every part named in the index is there.
+
+    Without a vocabulary the libraries make up a tokenizer, and the picture shows something else.
+    """
+    for name, entry in index.items():
+        if name in _UNUSED or not isinstance(entry, list) or not entry or entry[0] is None:
+            continue
+        part = folder / name
+        if not part.is_dir():
+            raise InputError(f"folder is {str(folder)!r}: its part {name} is missing; copy the whole model again.")
+        whole = any(all((part / file).is_file() for file in files) for files in _VOCABULARIES)
+        if name.startswith("tokenizer") and not whole:
+            raise InputError(
+                f"folder is {str(folder)!r}: {name} has no vocabulary (vocab.json and merges.txt, or tokenizer.json); "
+                "copy the whole model again."
+            )
 
 
 def check_pipeline(pipeline: Any) -> None:

@@ -22,7 +22,7 @@ from ipgo_engine import IPGOTokens, TokenConfig, cli
 from ipgo_engine.cli import demo, models
 from ipgo_engine.cli.inputs import gather_prompts, parse_seeds, parse_size, read_prompts
 from ipgo_engine.errors import Cancelled, InputError, NonFiniteError
-from ipgo_engine.formats.noise import read_noise
+from ipgo_engine.formats.noise import read_noise, write_noise
 from ipgo_engine.rewards import load
 from tests.engine.toys import ToyGenerator
 
@@ -104,7 +104,19 @@ BAD: dict[str, tuple[list[str], str]] = {
     "seeds": ([*TRAIN, "--seeds", "one"], "'one'"),
     "model folder": ([*TRAIN, "--model", "nowhere"], "nowhere does not exist"),
     "device": ([*TRAIN, "--device", "abacus"], "'abacus'"),
+    "device without values": ([*TRAIN, "--device", "meta"], "'meta'"),
     "threads": ([*TRAIN, "--threads", "0"], "threads"),
+    "too many threads": ([*TRAIN, "--threads", "100000"], "threads is 100000"),
+    "two half precisions": ([*TRAIN, "--dtype", "bfloat16", "--autocast", "float16"], "--autocast float16"),
+    "the demo in two half precisions": (["demo", "--dtype", "float16", "--autocast", "bfloat16"], "--dtype float16"),
+    "bytes that are no text": (["train", "caf\udce9"], "UTF-8"),
+    "long folder name": ([*TRAIN, "--out", "o" * 300], "--out ooo"),
+    "long model name": ([*TRAIN, "--model", "m" * 300], "mmm"),
+    "long method seed": ([*TRAIN, "--method-seed", "12345678901234567890"], "2^63"),
+    "endless seed": ([*TRAIN, "--seeds", "1" * 5000], "whole numbers"),
+    "best of fewer than one": ([*TRAIN, "--best-of-n", "-5"], "'-5'"),
+    "fewer than no fresh seeds": ([*TRAIN, "--fresh-seeds", "-1"], "'-1'"),
+    "noise and seeds": (["generate", "--noise", "other.safetensors", "--seeds", "3"], "leave --seeds out"),
     "out is a file": ([*TRAIN, "--out", "file.txt"], "is a file"),
     "out below a file": ([*TRAIN, "--out", "file.txt/deep/out"], "cannot be written"),
     "out not empty": ([*TRAIN, "--out", "full"], "not empty"),
@@ -223,6 +235,95 @@ def test_what_was_learned_gives_the_pictures_again(toy: Path):
     assert labels["prompts"] == ["red heart"]
 
 
+OTHER = ["--steps", "7", "--cfg", "3", "--sampler", "euler", "--negative", "blur", "--size", "64", "--unpadded"]
+
+
+def test_noise_brings_the_settings_it_was_made_with(toy: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main([*NOISE, *OTHER, "--dtype", "bfloat16", "--out", "run"]) == 0
+    command = ["generate", "--noise", "run/noise.safetensors"]
+    made = record(toy / "run")["generator"]
+    assert made["steps"] == 7
+    assert cli.main([*command, "--out", "same"]) == 0
+    assert cli.main([*command, *OTHER, "--out", "typed"]) == 0
+    assert record(toy / "same")["generator"] == record(toy / "typed")["generator"] == made
+    assert cli.main([*command, "--dtype", "float32", "--out", "wide"]) == 0  # rounding, not another picture
+    assert record(toy / "wide")["generator"] == made | {"dtype": "float32"}
+    for change in (["--steps", "8"], ["--cfg", "4"], ["--sampler", "ddim"], ["--negative", "x"], ["--size", "72"]):
+        capsys.readouterr()
+        assert cli.main([*command, *change]) == 2
+        said = capsys.readouterr().err
+        assert f"leave {change[0]} out" in said
+        assert len(said.strip().splitlines()) == 1
+    assert not (toy / "results").exists()
+
+
+def test_noise_of_a_model_folder_that_moved(toy: Path):
+    (toy / "old").mkdir()
+    (toy / "other").mkdir()
+    assert cli.main([*NOISE, "--model", "old", "--out", "run"]) == 0
+    command = ["generate", "--noise", "run/noise.safetensors", "--model"]
+    assert cli.main([*command, "other"]) == 2
+    (toy / "old").rename(toy / "new")
+    assert cli.main([*command, "new"]) == 0
+    assert cli.main(command[:-1]) == 2
+
+
+def test_joint_noise_needs_its_tokens(toy: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main([*JOINT, "black cat", "--out", "run"]) == 0
+    command = ["generate", "--noise", "run/noise-01-red-heart.safetensors"]
+    tokens = "tokens-01-red-heart.safetensors"
+    assert cli.main(command) == 2
+    assert f"--tokens {tokens}" in capsys.readouterr().err
+    assert cli.main([*command, "--tokens", f"run/{tokens}", "--out", "again"]) == 0
+    one = Image.open(toy / "run/images/001-red-heart-seed0-best.png")
+    two = Image.open(toy / "again/images/001-red-heart-seed0-learned.png")
+    assert one.tobytes() == two.tobytes()
+    noise, labels = read_noise(toy / "run/noise-01-red-heart.safetensors")
+    labels.pop("learned_with")  # a file of an earlier version
+    write_noise(toy / "noise-01-red-heart.safetensors", noise, **labels)
+    assert cli.main(["generate", "--noise", "noise-01-red-heart.safetensors"]) == 2
+    assert f"--tokens {tokens}" in capsys.readouterr().err
+
+
+NOISE_LABELS: dict[str, Any] = {"prompts": ["a"], "seeds": [0]}
+BAD_NOISE: dict[str, tuple[Any, dict[str, Any]]] = {
+    "no prompts": (1.0, {"prompts": None}),
+    "prompts of numbers": (1.0, {"prompts": [3]}),
+    "prompts that are no text": (1.0, {"prompts": ["\ud800"]}),
+    "seeds of letters": (1.0, {"seeds": ["a"]}),
+    "negative seeds": (1.0, {"seeds": [-1]}),
+    "NaN": (float("nan"), {}),
+    "whole numbers": (1, {}),
+}
+
+
+@pytest.mark.parametrize("case", BAD_NOISE)
+def test_damaged_noise_is_refused(toy: Path, case: str, capsys: pytest.CaptureFixture[str]):
+    value, labels = BAD_NOISE[case]
+    write_noise(toy / "noise.safetensors", torch.full((1, *ToyGenerator.noise_shape), value), **NOISE_LABELS | labels)
+    with pytest.raises(InputError, match=r"noise\.safetensors is not a noise file or is damaged"):
+        read_noise(toy / "noise.safetensors")
+    assert cli.main(["generate", "--noise", "noise.safetensors"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("run", [{"generator": {"steps": "many"}}, {"generator": {"eta": True}}])
+def test_damaged_settings_of_noise_are_refused(toy: Path, run: Any, capsys: pytest.CaptureFixture[str]):
+    write_noise(toy / "noise.safetensors", torch.ones(1, *ToyGenerator.noise_shape), **NOISE_LABELS, run=run)
+    assert cli.main(["generate", "--noise", "noise.safetensors"]) == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_generate_scores_as_far_as_it_goes(toy: Path, monkeypatch, capsys):
+    spoil(monkeypatch, breaks)
+    command = ["generate", "a", "b", "--reward", "brightness", "--monitor", "contrast", "--out", "run"]
+    assert cli.main(command) == 1
+    assert "does not answer" in capsys.readouterr().err
+    assert len(list((toy / "run/images").iterdir())) == 2
+    row = csv_rows(toy / "run/scores.csv")[0]
+    assert (row["brightness raw"], bool(row["contrast raw"])) == ("", True)
+
+
 def test_prompt_wise_and_batch_tokens(toy: Path):
     assert cli.main([*TRAIN, "black cat", "--out", "wise"]) == 0
     assert len(list((toy / "wise").glob("tokens-*.safetensors"))) == 2
@@ -264,6 +365,115 @@ def test_black_box_reward(toy: Path):
     assert cli.main(["noise", "a", "--reward", "jpeg", "--iterations", "2", "--perturbations", "2"]) == 0
     assert cli.main(["noise", "a", "--reward", "jpeg", "--iterations", "1", "--gradient", "zeroth-order"]) == 0
     assert sorted(p.name for p in (toy / "results").iterdir()) == ["noise", "noise-2"]
+
+
+# -- what breaks ------------------------------------------------------------------------------------------------------
+
+
+def spoil(patch: pytest.MonkeyPatch, spoiled: Callable[[torch.Tensor, list[str]], torch.Tensor]) -> None:
+    """Another `score` for the reward "brightness"."""
+    patch.setattr(
+        "ipgo_engine.rewards.brightness.Brightness.score", lambda self, images, prompts: spoiled(images, prompts)
+    )
+
+
+def not_a_number(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    return images.mean((1, 2, 3)) * (float("nan") if "bad" in prompts else 1.0)
+
+
+def no_answer(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+    if "bad" in prompts:
+        raise RuntimeError("the server does not answer")
+    return images.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize(("spoiled", "reason"), [(not_a_number, "not finite"), (no_answer, "does not answer")])
+def test_a_bad_prompt_costs_itself_only(toy: Path, spoiled: Any, reason: str, capsys: pytest.CaptureFixture[str]):
+    command = [*TRAIN, "bad", "black cat", "--out", "run"]
+    learned = ["tokens-01-red-heart.safetensors", "tokens-03-black-cat.safetensors"]
+    with pytest.MonkeyPatch.context() as patch:
+        spoil(patch, spoiled)
+        assert cli.main(command) == 1
+    said = capsys.readouterr().err
+    assert "1 of 3 prompts broke down ('bad')" in said
+    assert reason in said
+    assert "Traceback" not in said
+    assert sorted(path.name for path in (toy / "run").glob("tokens*")) == learned
+    assert [row["prompt"] for row in csv_rows(toy / "run/scores.csv")] == ["red heart", "black cat"]
+    found = record(toy / "run")
+    assert found["stopped"].startswith("failed: ")
+    assert found["failed"][0]["prompts"] == ["bad"]
+    assert reason in found["failed"][0]["reason"]
+    (toy / "run/state-01.safetensors").write_bytes(b"half")
+    assert cli.main([*command, "--resume"]) == 1
+    assert "state-01.safetensors" in capsys.readouterr().err
+    assert [row["prompt"] for row in csv_rows(toy / "run/scores.csv")] == ["bad", "black cat"]
+    (toy / "run/state-01.safetensors").unlink()
+    assert cli.main([*command, "--resume"]) == 0
+    assert len(list((toy / "run").glob("tokens*"))) == 3
+    assert record(toy / "run")["stopped"] == "finished"
+
+
+@pytest.mark.parametrize("prompts", [["bad"], ["bad", "bad bad"]])
+def test_nothing_learned_leaves_nothing(toy: Path, prompts: list[str], monkeypatch, capsys):
+    def refuse(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        raise RuntimeError("the server does not answer")
+
+    spoil(monkeypatch, refuse)
+    assert cli.main(["train", *prompts, *TRAIN[2:]]) == 1
+    assert "RuntimeError: the server does not answer" in capsys.readouterr().err
+    assert list(toy.iterdir()) == []
+
+
+def test_what_one_job_learned_is_written_before_the_next_begins(toy: Path, monkeypatch: pytest.MonkeyPatch):
+    def look(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        if "black cat" in prompts:
+            assert (toy / "run/tokens-01-red-heart.safetensors").exists()
+        return images.mean((1, 2, 3))
+
+    spoil(monkeypatch, look)
+    assert cli.main([*TRAIN, "black cat", "--out", "run"]) == 0
+
+
+def breaks(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("the server does not answer")
+
+
+def test_a_comparison_that_breaks_costs_its_cells_only(toy: Path, monkeypatch, capsys):
+    monkeypatch.setattr("ipgo_engine.cli.results.rate", breaks)
+    monkeypatch.setattr("ipgo_engine.cli.results.best_of", breaks)
+    command = [*TRAIN, "black cat", "--monitor", "contrast", "--best-of-n", "3", "--out", "run"]
+    assert cli.main(command) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ipgo:")]
+    assert len(said) == 1
+    assert "does not answer" in said[0]
+    for row in csv_rows(toy / "run/scores.csv"):
+        assert float(row["gain"]) == float(row["best"]) - float(row["raw"])
+        assert [row[name] for name in ("last", "contrast best", "fresh", "best of 3")] == [""] * 4
+    assert record(toy / "run")["stopped"] == "finished"
+    assert len(list((toy / "run/images").iterdir())) == 2 * 3
+    assert len(list((toy / "run").glob("tokens-*.safetensors"))) == 2
+    assert Image.open(toy / "run/before-after.png")
+
+
+def test_pictures_are_made_one_at_a_time_when_memory_runs_out(toy: Path, monkeypatch: pytest.MonkeyPatch):
+    """More than one picture at a time is too much wherever the loop does not say how many steps need gradients."""
+    make, sizes = ToyGenerator.generate, []
+
+    def narrow(self: Any, conditioning: Any, noise: Any, **options: Any) -> Any:
+        if not options:
+            sizes.append(len(noise))
+            if len(noise) > 1:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return make(self, conditioning, noise, **options)
+
+    monkeypatch.setattr(ToyGenerator, "generate", narrow)
+    (toy / "p.txt").write_text("\n".join(f"prompt {i}" for i in range(20)))
+    command = ["train", "--prompts-file", "p.txt", "--mode", "batch", "--reward", "brightness", "--epochs", "1"]
+    assert cli.main([*command, *SMALL_TOKENS, "--fresh-seeds", "0", "--out", "run"]) == 0
+    assert len(list((toy / "run/images").glob("*-best.png"))) == 20
+    assert all(float(row["best"]) for row in csv_rows(toy / "run/scores.csv"))
+    assert sizes[-42:] == [4, *[1] * 20] * 2  # before and after
 
 
 # -- stopping and going on --------------------------------------------------------------------------------------------
@@ -310,6 +520,35 @@ def test_interrupted_before_anything_was_learned_leaves_nothing(toy: Path, monke
     press_at(monkeypatch, 1)
     assert cli.main([*TRAIN, "--out", "deep/run"]) == 130
     assert list(toy.iterdir()) == []
+
+
+def test_an_interrupted_run_names_its_files_like_a_whole_one(toy: Path, monkeypatch: pytest.MonkeyPatch):
+    command = [*TRAIN, "black cat", "--out", "run"]
+    with monkeypatch.context() as patch:
+        press_at(patch, 9)
+        assert cli.main(command) == 130
+    assert [path.name for path in (toy / "run").glob("tokens*")] == ["tokens-01-red-heart.safetensors"]
+    assert cli.main([*command, "--resume"]) == 0
+    assert len(list((toy / "run").glob("tokens*"))) == 2
+
+
+def test_generate_interrupted_keeps_what_is_drawn(toy: Path, monkeypatch: pytest.MonkeyPatch):
+    press_at(monkeypatch, 2 * 3 + 1)  # three steps per batch of four: in the third batch
+    prompts = [f"cat {i}" for i in range(12)]
+    assert cli.main(["generate", *prompts, "--reward", "brightness", "--out", "run"]) == 130
+    assert len(list((toy / "run/images").iterdir())) == 8
+    assert Image.open(toy / "run/pictures.png")
+    assert [row["prompt"] for row in csv_rows(toy / "run/scores.csv")] == prompts[:8]
+    assert record(toy / "run")["stopped"] == "cancelled"
+    press_at(monkeypatch, 1)
+    assert cli.main(["generate", "a", "--out", "none"]) == 130
+    assert not (toy / "none").exists()
+
+
+def test_generate_finds_an_unwritable_folder_before_it_draws(toy: Path, monkeypatch: pytest.MonkeyPatch):
+    (toy / "file").write_text("mine")
+    monkeypatch.setattr(ToyGenerator, "generate", lambda *_, **__: pytest.fail("a picture was drawn"))
+    assert cli.main(["generate", "a", "--out", "file/out"]) == 2
 
 
 def test_resume_refuses_another_run(toy: Path, capsys: pytest.CaptureFixture[str]):
@@ -418,7 +657,9 @@ def test_demo_shows_every_method(toy_demo: Path, capsys: pytest.CaptureFixture[s
     assert record(folder)["stopped"] == "finished"
     assert record(folder)["config"]["noise-free"]["regularization"] == 0
     assert IPGOTokens.load(folder / "tokens-black-cat.safetensors").dim == ToyGenerator.dim
-    assert read_noise(folder / "noise.safetensors")[1]["prompts"] == ["red heart", "black cat"]
+    labels = read_noise(folder / "noise.safetensors")[1]
+    assert labels["prompts"] == ["red heart", "black cat"]
+    assert labels["run"]["generator"]["steps"] == 3
 
 
 @pytest.mark.parametrize("call", [9, 30, 50])
@@ -427,6 +668,35 @@ def test_demo_interrupted_shows_what_there_is(toy_demo: Path, monkeypatch: pytes
     assert cli.main(["demo", "--quick", "--out", "demo"]) == 130
     assert record(toy_demo / "demo")["stopped"] == "cancelled"
     assert (toy_demo / "demo/index.html").exists()
+    assert csv_rows(toy_demo / "demo/scores.csv")
+
+
+def test_demo_interrupted_at_the_start_of_a_prompt(toy_demo: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(demo, "QUICK", demo.Plan(prompts=("red heart", "black cat"), steps=3, epochs=1, iterations=1))
+    train, prompts = demo.train_tokens, []
+
+    def stop_at_the_second(generator: Any, target: Any, given: Any, config: Any, progress: Any, **options: Any) -> Any:
+        prompts.append(given)
+        if len(prompts) == 2:
+            progress.interrupt.requested = True
+            raise Cancelled("before the first picture")
+        return train(generator, target, given, config, progress, **options)
+
+    monkeypatch.setattr(demo, "train_tokens", stop_at_the_second)
+    assert cli.main(["demo", "--quick", "--out", "demo"]) == 130
+    assert "nothing was written" not in capsys.readouterr().err
+    assert record(toy_demo / "demo")["stopped"] == "cancelled"
+    assert (toy_demo / "demo/index.html").exists()
+    assert [row["prompt"] for row in csv_rows(toy_demo / "demo/scores.csv")] == ["red heart"]
+
+
+def test_demo_that_breaks_down_says_so(toy_demo: Path, monkeypatch: pytest.MonkeyPatch):
+    def break_down(*_: Any, **__: Any) -> Any:
+        raise NonFiniteError("the image is not finite")
+
+    monkeypatch.setattr(demo, "optimize_noise", break_down)
+    assert cli.main(["demo", "--quick", "--out", "demo"]) == 1
+    assert record(toy_demo / "demo")["stopped"] == "failed: the image is not finite"
     assert csv_rows(toy_demo / "demo/scores.csv")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -610,6 +612,36 @@ def test_load_refuses_what_it_cannot_use(sd: Any, tmp_path: Any) -> None:
         DiffusersGenerator.load(tmp_path)
     sd.save_pretrained(tmp_path, safe_serialization=False)
     with pytest.raises(InputError, match="safetensors"):
+        DiffusersGenerator.load(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "unet", "scheduler"])
+def test_load_misses_a_part(sd: Any, tmp_path: Any, part: str) -> None:
+    sd.save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / part)
+    with pytest.raises(InputError, match=f"its part {part} is missing"):
+        DiffusersGenerator.load(tmp_path)
+
+
+def test_load_misses_a_vocabulary(sd: Any, tmp_path: Any) -> None:
+    sd.save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "vocab.json"):
+        (tmp_path / "tokenizer" / name).unlink(missing_ok=True)
+    with pytest.raises(InputError, match="tokenizer has no vocabulary"):
+        DiffusersGenerator.load(tmp_path)
+
+
+def test_load_of_damaged_weights(sd: Any, tmp_path: Any) -> None:
+    sd.save_pretrained(tmp_path)
+    config = tmp_path / "text_encoder" / "config.json"
+    found = json.loads(config.read_text(encoding="utf-8"))
+    config.write_text(json.dumps(found | {"hidden_size": 32}), encoding="utf-8")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        DiffusersGenerator.load(tmp_path)
+    config.write_text(json.dumps(found), encoding="utf-8")
+    weights = tmp_path / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(InputError, match="cannot be loaded"):
         DiffusersGenerator.load(tmp_path)
 
 
