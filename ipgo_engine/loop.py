@@ -61,6 +61,7 @@ class Loop:
         self._said: set[str] = set()
         self._measured: int | None = None  # the step at which held-out rewards were measured last
         self._torn = False  # while an update is half done
+        self._stepped = False  # a state that was only read is not written again
         self.history: list[StepEvent] = []
         self.start: Evaluation | None = None
 
@@ -188,6 +189,7 @@ class Loop:
 
     def _remember(self, judged: tuple[list[int], Evaluation] | None, probability: Tensor | None) -> None:
         """Offer the present parameters as the best."""
+        self._stepped = True
         if judged is None:
             return
         if self.start is None:  # noise starts as what the stock sampler draws, so its first image is the stock one
@@ -297,7 +299,9 @@ class Loop:
 
     def _save(self) -> None:
         """Write what a resumed run needs. A full disk costs the file, never the run."""
-        if self.state_file is None or self.start is None or self.best.state is None or self._torn:
+        if self.state_file is None or self.start is None or self.best.state is None:
+            return
+        if self._torn or not self._stepped:
             return
         state = {
             "identity": self._identity(),

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ipaddress
+import os
 from typing import Any
+from urllib.parse import urlsplit
 
 from comfy_api.latest import io
 
 from ..ipgo_engine import rewards as engine
+from ..ipgo_engine.errors import InputError
 from ..ipgo_engine.rewards.jpeg import JpegSize
 from ..ipgo_engine.rewards.judge import TEMPLATE
 from .rewards import REWARD_CATEGORY, reward_output
 from .schema import Reward, advanced, newer
+
+ALLOWED = "IPGO_JUDGE_HOSTS"  # hosts on the internet that pictures may be sent to, with commas between them
 
 
 class IPGOBrightnessReward(io.ComfyNode):
@@ -107,8 +113,8 @@ class IPGOJudgeReward(io.ComfyNode):
             inputs=[
                 io.String.Input(
                     "url", default="",
-                    tooltip="Base address of the server, for example http://127.0.0.1:8080/v1 for one on this machine. "
-                    "Look at it before you run somebody else's workflow: that is where the images go.",
+                    tooltip="Base address of the server, for example http://127.0.0.1:8080/v1 for one on this machine: "
+                    "that is where the images go. Addresses on the internet must be allowed, see the help page.",
                 ),
                 io.String.Input("model_name", default="default", tooltip="Name of the model, as the server calls it."),
                 io.Int.Input(
@@ -117,7 +123,7 @@ class IPGOJudgeReward(io.ComfyNode):
                 ),
                 advanced(io.Float.Input(
                     "timeout", default=60.0, min=1.0, max=3600.0,
-                    tooltip="Seconds to connect, and again for the whole answer.",
+                    tooltip="Seconds to connect and send, and again for the whole answer.",
                 )),
                 advanced(io.Int.Input("concurrency", default=2, min=1, max=64, tooltip="Calls under way at once.")),
                 advanced(io.Int.Input(
@@ -140,14 +146,43 @@ class IPGOJudgeReward(io.ComfyNode):
 
     @classmethod
     def execute(cls, url: str, model_name: str, template: str = "", **settings: Any) -> io.NodeOutput:
-        """Nothing is called before the first image is rated."""
+        """Nothing is called before the first image is rated, and nothing outside this network unless it is allowed."""
+        check_destination(url)
         config = engine.JudgeConfig(url=url, model=model_name, template=template.strip() or TEMPLATE, **settings)
         return io.NodeOutput(engine.Judge(config))
 
     @classmethod
-    def validate_inputs(cls, url: str) -> bool | str:
-        """An address must have been typed."""
-        return True if url.strip() else "url is empty: type the judge's address, such as http://127.0.0.1:8080/v1."
+    def validate_inputs(cls, url: str | None) -> bool | str:
+        """An address must have been typed, or linked (None here)."""
+        if url is None or url.strip():
+            return True
+        return "url is empty: type the judge's address, such as http://127.0.0.1:8080/v1."
+
+
+def check_destination(url: str) -> None:
+    """Raise `InputError` for an address on the internet that the environment variable does not name.
+
+    A workflow brings its address along: pressing Run on somebody else's must not send pictures to them.
+    """
+    try:
+        host = urlsplit(url.strip()).hostname or ""
+    except ValueError:
+        return  # no address: the judge says so
+    if _is_near(host) or host in os.environ.get(ALLOWED, "").lower().replace(",", " ").split():
+        return
+    raise InputError(
+        f"url leads to {host}, which is not on this machine or its network: pictures would be sent there. If you want "
+        f"that, start ComfyUI with {ALLOWED}={host} in its environment."
+    )
+
+
+def _is_near(host: str) -> bool:
+    """This machine, or a private network; a name without a dot is one of the latter."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return "." not in host or host.endswith((".localhost", ".local"))
+    return address.is_loopback or (address.is_private and not address.is_link_local)
 
 
 class IPGORobustReward(io.ComfyNode):

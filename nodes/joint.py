@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from ..ipgo_engine.config import JointConfig, OptimizeConfig
 from ..ipgo_engine.optimize import optimize_jointly
 from .host.conditioning import from_engine
 from .host.watch import final_images
-from .noise import handover_outputs, handover_values, noise_config, noise_facts, noise_inputs
+from .noise import handover_outputs, handover_values, keep_noise, noise_config, noise_facts, noise_inputs
 from .reporting import run_results
+from .resuming import kept_version
 from .running import Job, for_every_image, lines, monitors_of, seeds_from
 from .schema import (
     CATEGORY,
@@ -82,26 +84,32 @@ class IPGOJointOptimize(io.ComfyNode):
         """Optimize both, keep the tokens, and show the best in a final pass on the stock path."""
         prompts = for_every_image(lines(settings["prompt"]), settings["batch_size"])
         generator = prompt_generator(model, clip, vae, settings)
-        job = Job(
-            generator, reward, settings["save_as"], settings["resume"], monitors_of(settings), cls.hidden,
-            keep=lambda result: [keep_tokens(result.best[0], settings)],
-        )  # fmt: skip
+        seeds = seeds_from(settings["seed"], settings["batch_size"])
+
+        def keep(found: Any) -> list[Path]:
+            tokens = keep_tokens(found.best[0], settings)
+            return [tokens, keep_noise(found.best[1], found.prompts, seeds, generator, settings, tokens)]
+
+        job = Job(generator, reward, settings["save_as"], settings["resume"], monitors_of(settings), cls.hidden, keep)
 
         def finish(result: Any) -> Any:
             with torch.no_grad():
                 return result.best[0].condition(generator.encode(prompts))
 
-        result, conditioning = job.run(
-            optimize_jointly, prompts, joint_config(settings), finish,
-            seeds=seeds_from(settings["seed"], settings["batch_size"]),
-        )  # fmt: skip
-        tokens, noise = result.best[0].to("cpu"), result.best[1]
-        images = final_images(generator, conditioning, noise)
-        positive = from_engine(conditioning.select([0]))[0][1]
-        return io.NodeOutput(
-            tokens, positive, generator.negative, *handover_values(generator, noise),
-            *run_results(job, "Joint Optimize", result, images, [*token_facts(tokens), *noise_facts(noise)]),
-        )  # fmt: skip
+        result, conditioning = job.run(optimize_jointly, prompts, joint_config(settings), finish, seeds=seeds)
+        with job.keeping(result):
+            tokens, noise = result.best[0].to("cpu"), result.best[1]
+            images = final_images(generator, conditioning, noise)
+            positive = from_engine(conditioning.select([0]))[0][1]
+            return io.NodeOutput(
+                tokens, positive, generator.negative, *handover_values(generator, noise),
+                *run_results(job, "Joint Optimize", result, images, [*token_facts(tokens), *noise_facts(noise)]),
+            )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, save_as: str | None = None, resume: str | None = None, **_: Any) -> Any:
+        """Run again when what is kept has changed."""
+        return kept_version(save_as, resume)
 
 
 def joint_config(settings: dict[str, Any]) -> JointConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,13 +13,16 @@ from torch import Tensor
 
 from ..ipgo_engine.config import NoiseConfig
 from ..ipgo_engine.errors import InputError
+from ..ipgo_engine.formats.noise import LEARNED_WITH, write_noise
 from ..ipgo_engine.noise import NoiseRegularizer, choose_block_size
 from ..ipgo_engine.optimize import optimize_noise
+from .host import files
 from .host.generator import ComfyGenerator, Sampling
 from .host.handover import Handover
 from .host.watch import final_images
 from .reporting import run_results
-from .running import Job, for_every_image, lines, monitors_of, or_none, sampling_settings, seeds_from, shared_settings
+from .resuming import SAMPLING, kept_version, pin
+from .running import Job, for_every_image, lines, monitors_of, or_none, seeds_from, shared_settings
 from .schema import (
     CATEGORY,
     advanced,
@@ -118,6 +123,22 @@ def noise_facts(noise: Tensor) -> list[str]:
     return [f"Noise: {noise.shape[1]} per image, {values} values; blocks of {choose_block_size(values)} by default."]
 
 
+def keep_noise(
+    noise: Tensor,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    generator: ComfyGenerator,
+    settings: dict[str, Any],
+    tokens: Path | None = None,
+) -> Path:
+    """A new numbered noise file; it records how the images were made, and the tokens it was learned with."""
+    labels: dict[str, Any] = {key: settings[key] for key in SAMPLING if key in settings}
+    labels["encoder"] = None if generator.clip is None else generator.encoder
+    labels[LEARNED_WITH] = None if tokens is None else tokens.name
+    path = files.next_noise_file(settings["save_as"])
+    return write_noise(path, noise, prompts=list(prompts), seeds=list(seeds), **labels)
+
+
 class IPGONoiseOptimize(io.ComfyNode):
     """Find the noise whose image scores high and that is still noise."""
 
@@ -182,19 +203,29 @@ class IPGONoiseOptimize(io.ComfyNode):
         generator = ComfyGenerator(
             model, vae, sampling, negative, latent_image, positive=positive, seed=settings["seed"]
         )
-        generator.settings = sampling_settings(
-            settings, positive=positive, negative=negative, latent=latent_image["samples"]
-        )
-        job = Job(generator, reward, settings["save_as"], settings["resume"], monitors_of(settings), cls.hidden)
-        result, conditioning = job.run(
-            optimize_noise, prompts, noise_config(settings), lambda found: generator.encode(prompts),
-            seeds=seeds_from(settings["seed"], count),
+        pin(
+            generator, settings, positive=positive, negative=negative, latent=latent_image["samples"],
+            mask=latent_image.get("noise_mask"),
         )  # fmt: skip
-        images = final_images(generator, conditioning, result.best)
-        return io.NodeOutput(
-            *handover_values(generator, result.best),
-            *run_results(job, "Regularized Noise Optimize", result, images, noise_facts(result.best)),
+        seeds = seeds_from(settings["seed"], count)
+        job = Job(
+            generator, reward, settings["save_as"], settings["resume"], monitors_of(settings), cls.hidden,
+            keep=lambda found: [keep_noise(found.best, found.prompts, seeds, generator, settings)],
+        )  # fmt: skip
+        result, conditioning = job.run(
+            optimize_noise, prompts, noise_config(settings), lambda found: generator.encode(prompts), seeds=seeds
         )
+        with job.keeping(result):
+            images = final_images(generator, conditioning, result.best)
+            return io.NodeOutput(
+                *handover_values(generator, result.best),
+                *run_results(job, "Regularized Noise Optimize", result, images, noise_facts(result.best)),
+            )
+
+    @classmethod
+    def fingerprint_inputs(cls, save_as: str | None = None, resume: str | None = None, **_: Any) -> Any:
+        """Run again when what is kept has changed."""
+        return kept_version(save_as, resume)
 
 
 class IPGONoiseProbability(io.ComfyNode):

@@ -6,22 +6,47 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
+from ..ipgo_engine.errors import Cancelled
 from ..ipgo_engine.events import StepEvent
 from ..ipgo_engine.optimize import Result
 from ..ipgo_engine.report import curve_tensor, plain_table
+from .host.interrupt import comfy_interrupt_as_cancelled
 from .host.residence import score
+from .host.watch import release_memory
 from .running import Job, to_comfy
 
 
 def run_results(job: Job, title: str, result: Result[Any], images: Tensor, facts: Sequence[str] = ()) -> list[Any]:
     """Values of `schema.run_outputs`, for the final images (B, 3, H, W) of the stock path."""
     with torch.inference_mode(False):
-        after = score(job.reward, images, result.prompts)
-        curve = curve_tensor({title: result.history}, reward=job.reward.name, title=title)
+        after = final_scores(job, result, images)
         report = report_text(job, title, result, after, facts)
-    return [to_comfy(images), to_comfy(result.start_image), to_comfy(curve), loss_map(result.history), report]
+        curve = curve_image(job, title, result)
+    return [to_comfy(images), to_comfy(result.start_image), curve, loss_map(result.history), report]
+
+
+def final_scores(job: Job, result: Result[Any], images: Tensor) -> Tensor:
+    """Scores (B,) of the final images; when that fails, those which the run itself gave to the same images."""
+    try:
+        with comfy_interrupt_as_cancelled():
+            return score(job.reward, images, result.prompts)
+    except Cancelled:
+        raise
+    except Exception as error:
+        job.notes.append(f"The final images have no score ({error}): 'after' is what the run itself measured.")
+    release_memory()
+    return result.rewards
+
+
+def curve_image(job: Job, title: str, result: Result[Any]) -> Any:
+    """The curve as IMAGE; when it cannot be drawn, nodes behind it say why."""
+    try:
+        return to_comfy(curve_tensor({title: result.history}, reward=job.reward.name, title=title))
+    except Exception as error:
+        return ExecutionBlocker(f"curve: it cannot be drawn ({error})")
 
 
 def loss_map(history: Sequence[StepEvent]) -> dict[str, list[float]]:
@@ -54,6 +79,7 @@ def report_text(job: Job, title: str, result: Result[Any], after: Tensor, facts:
         *held_out(result.history),
         *facts,
         *job.notes,
+        *job.kept,
     ]
     return "\n".join(parts).strip()
 

@@ -42,10 +42,11 @@ def reward_output(meaning: str) -> Any:
     return Reward.Output("reward", display_name="reward", tooltip=meaning)
 
 
-def check_weights(weights: str) -> bool | str:
-    """True, or what is missing and where it belongs."""
+def check_weights(weights: str | None) -> bool | str:
+    """True, or what is missing and where it belongs; a linked value (None here) is looked at when it is there."""
     try:
-        files.reward_path(weights)
+        if weights is not None:
+            files.reward_path(weights)
     except ValueError as error:
         return str(error)
     return True
@@ -107,7 +108,7 @@ class IPGOClipReward(io.ComfyNode):
         return load_from_folder("clip", weights, precision)
 
     @classmethod
-    def validate_inputs(cls, weights: str) -> bool | str:
+    def validate_inputs(cls, weights: str | None) -> bool | str:
         """Say what is missing before anything runs."""
         return check_weights(weights)
 
@@ -135,7 +136,7 @@ class IPGOAestheticReward(io.ComfyNode):
         return load_from_folder("aesthetic", weights, precision)
 
     @classmethod
-    def validate_inputs(cls, weights: str) -> bool | str:
+    def validate_inputs(cls, weights: str | None) -> bool | str:
         """Say what is missing before anything runs."""
         return check_weights(weights)
 
@@ -169,7 +170,7 @@ class IPGOHPSReward(io.ComfyNode):
         return load_from_folder({"v2.0": "hpsv2", "v2.1": "hpsv2.1"}[version], weights, precision)
 
     @classmethod
-    def validate_inputs(cls, weights: str) -> bool | str:
+    def validate_inputs(cls, weights: str | None) -> bool | str:
         """Say what is missing before anything runs."""
         return check_weights(weights)
 
@@ -196,7 +197,7 @@ class IPGOPickScoreReward(io.ComfyNode):
         return load_from_folder("pickscore", weights, precision)
 
     @classmethod
-    def validate_inputs(cls, weights: str) -> bool | str:
+    def validate_inputs(cls, weights: str | None) -> bool | str:
         """Say what is missing before anything runs."""
         return check_weights(weights)
 
@@ -223,7 +224,7 @@ class IPGOImageReward(io.ComfyNode):
         return load_from_folder("imagereward", weights, precision)
 
     @classmethod
-    def validate_inputs(cls, weights: str) -> bool | str:
+    def validate_inputs(cls, weights: str | None) -> bool | str:
         """Say what is missing before anything runs."""
         return check_weights(weights)
 

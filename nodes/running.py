@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ..ipgo_engine.errors import InputError, IPGOError
+from ..ipgo_engine.errors import Cancelled, InputError, IPGOError
+from ..ipgo_engine.events import StepEvent
 from ..ipgo_engine.optimize import Result, RunFailedError
 from .host import files
-from .host.fingerprint import fingerprint
+from .host.interrupt import comfy_interrupt_as_cancelled
 from .host.progress import raise_interrupt
 from .host.residence import resident
 from .host.watch import NodeObserver, cancelled_as_comfy_interrupt, release_memory
+from .resuming import NothingMore, kept_history
 from .schema import RESUME
 
 Keep = Callable[[Result[Any]], list[Path]]
@@ -33,8 +37,9 @@ class Job:
     resume: str = RESUME[0]
     monitors: Sequence[Any] = ()
     hidden: Any = None
-    keep: Keep | None = None  # writes what was learned, beside the pictures
-    notes: list[str] = field(default_factory=list)
+    keep: Keep | None = None  # writes what was learned
+    notes: list[str] = field(default_factory=list)  # what the user should know
+    kept: list[str] = field(default_factory=list)  # what was written
 
     def run(
         self,
@@ -48,9 +53,10 @@ class Job:
 
         Cancel ends in ComfyUI's own interrupt, a failure in one error that says where the best so far is.
         """
-        observer = NodeObserver(getattr(self.hidden, "unique_id", None))
+        require_matplotlib()
         state = files.state_file(self.save_as)
-        config = self._prepare(config, state)
+        taken = self._taken(state)
+        observer = (NodeObserver if taken is None else NothingMore)(getattr(self.hidden, "unique_id", None))
         with cancelled_as_comfy_interrupt(), resident([self.reward, *self.monitors]), self.generator:
             try:
                 result = method(
@@ -58,77 +64,81 @@ class Job:
                     monitors=self.monitors, state_file=state, resume=self.resume != RESUME[0], **options,
                 )  # fmt: skip
             except RunFailedError as error:
-                self._fail(error)
+                self._keep(error.result)
+                self._fail(str(error), error, error.result)
             except IPGOError:
                 release_memory()
                 raise
-            self.notes += [*observer.messages, *self._kept(result)]
+            self.notes += observer.messages
+            self._keep(result)
+            if taken is not None:
+                result = replace(result, stopped="the best so far", history=taken)
             if result.stopped == "cancelled":
                 self._cancel(result)
-            return result, finish(result)
+            with self.keeping(result):
+                return result, finish(result)
 
-    def _prepare(self, config: Any, state: Path) -> Any:
-        """The settings of the run that `resume` asks for."""
+    @contextmanager
+    def keeping(self, result: Result[Any]) -> Iterator[None]:
+        """For what comes after the last step: Cancel and failures in it keep the best as those in the run do."""
+        try:
+            with comfy_interrupt_as_cancelled():
+                yield
+        except Cancelled:
+            self._cancel(result)
+        except Exception as error:
+            self._fail(f"The run is through, but its final images failed: {error}", error, result)
+
+    def _taken(self, state: Path) -> list[StepEvent] | None:
+        """The history of what is only given out; None for a run that goes on."""
         if self.resume != RESUME[2]:
-            return config
+            return None
         if not state.is_file():
             raise InputError(
                 f"resume is '{RESUME[2]}', but there is no run called {self.save_as!r} ({files.shown(state)} is "
                 f"missing): run it first with '{RESUME[0]}'."
             )
-        return one_step(config)
+        return kept_history(state)
 
-    def _kept(self, result: Result[Any]) -> list[str]:
-        """Write what was learned; a full disk costs the file, not the run."""
-        if self.keep is None:
-            return []
-        try:
-            return [f"Kept: {files.shown(path)}" for path in self.keep(result)]
-        except (IPGOError, OSError) as error:
-            return [f"Not kept: {error}"]
+    def _keep(self, result: Result[Any]) -> None:
+        """Write what was learned."""
+        keep = self.keep
+        if keep is not None:
+            self._write(lambda: keep(result))
 
-    def _pictures(self, result: Result[Any]) -> list[str]:
+    def _keep_pictures(self, result: Result[Any]) -> None:
+        hidden = getattr(self.hidden, "prompt", None), getattr(self.hidden, "extra_pnginfo", None)
+        self._write(lambda: files.save_images(result.image, self.save_as, *hidden))
+
+    def _write(self, write: Callable[[], list[Path]]) -> None:
+        """A full disk costs the file, not the run."""
         try:
-            saved = files.save_images(
-                result.image,
-                self.save_as,
-                getattr(self.hidden, "prompt", None),
-                getattr(self.hidden, "extra_pnginfo", None),
-            )
-            return [f"Kept: {files.shown(path)}" for path in saved]
+            self.kept += [f"Kept: {files.shown(path)}" for path in write()]
         except (IPGOError, OSError) as error:
-            return [f"Not kept: {error}"]
+            self.kept.append(f"Not kept: {error}")
 
     def _cancel(self, result: Result[Any]) -> None:
         """Cancelled: the pictures of the best go to the output folder, then the prompt ends as ComfyUI expects."""
-        kept = [*self.notes, *self._pictures(result)]
-        logging.info("IPGO: cancelled; the best so far is kept. %s", " ".join(kept))
+        self._keep_pictures(result)
+        logging.info("IPGO: cancelled; the best so far is kept. %s", "; ".join(self.kept))
         raise_interrupt()
 
-    def _fail(self, error: RunFailedError) -> NoReturn:
+    def _fail(self, message: str, error: Exception, result: Result[Any]) -> NoReturn:
         """One error that names the reason and where the best so far is; frames that hold memory are let go."""
         logging.warning("IPGO: the run failed", exc_info=error)
-        kept = [*self._kept(error.result), *self._pictures(error.result)]
-        message = f"{error} The best so far is not lost. {' '.join(kept)}"
-        error.__cause__ = error.__context__ = None
+        self._keep_pictures(result)
+        error.__cause__ = error.__context__ = error.__traceback__ = None
         release_memory()
-        raise IPGOError(message) from None
+        raise IPGOError(
+            f"{message.rstrip('.')}. The best so far is not lost. {'; '.join(self.kept)}. With resume set to "
+            f"'{RESUME[2]}' this node gives it out."
+        ) from None
 
 
-def one_step(config: Any) -> Any:
-    """Settings for a run that only gives out what a state file holds."""
-    if hasattr(config, "noise"):
-        return replace(config, noise=replace(config.noise, iterations=1))
-    return replace(config, **{"epochs" if hasattr(config, "epochs") else "iterations": 1})
-
-
-SAMPLING = ("seed", "steps", "cfg", "sampler_name", "scheduler", "denoise", "width", "height", "negative")
-
-
-def sampling_settings(settings: dict[str, Any], **given: Any) -> dict[str, Any]:
-    """What decides a picture besides prompt and noise: a run is resumed only with the same."""
-    chosen = {key: settings[key] for key in SAMPLING if key in settings}
-    return chosen | {key: fingerprint(value) for key, value in given.items()}
+def require_matplotlib() -> None:
+    """The one package that ComfyUI does not bring along: better missed now than when the curve is drawn."""
+    if find_spec("matplotlib") is None:
+        raise IPGOError("matplotlib is missing: run `pip install -r requirements.txt` in the folder of this node pack.")
 
 
 def lines(text: str, name: str = "prompt") -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from comfy_api.latest import io
 
-from .host.choices import SAMPLERS, SCHEDULERS
+from .host.choices import samplers, schedulers
 
 Tokens = io.Custom("IPGO_TOKENS")
 Reward = io.Custom("IPGO_REWARD")
@@ -48,11 +48,11 @@ def sampling_inputs(steps: int, cfg: float, sampler: str) -> list[Any]:
             tooltip="Classifier-free guidance, as in KSampler. At 1.0 the negative is not used.",
         ),
         io.Combo.Input(
-            "sampler_name", options=SAMPLERS, default=sampler,
+            "sampler_name", options=samplers(), default=sampler,
             tooltip="Your installed samplers, without those whose gradient is wrong (deis, ipndm_v, dpm_adaptive).",
         ),
         io.Combo.Input(
-            "scheduler", options=SCHEDULERS, default="normal", tooltip="How the noise level falls, as in KSampler."
+            "scheduler", options=schedulers(), default="normal", tooltip="How the noise level falls, as in KSampler."
         ),
     ]  # fmt: skip
 
@@ -141,14 +141,15 @@ def keeping_inputs(name: str) -> list[Any]:
     return [
         io.String.Input(
             "save_as", default=name,
-            tooltip="Name of the files this run writes before it returns, also after Cancel: pictures and the state "
-            "to resume from in output/ipgo, tokens in models/ipgo_tokens. Sub-folders are allowed.",
+            tooltip="Name of the files this run writes: learned tokens in models/ipgo_tokens, learned noise and the "
+            "state to resume from in output/ipgo, and after Cancel or a failure the best pictures there too. "
+            "Sub-folders are allowed.",
         ),
         io.Combo.Input(
             "resume", options=list(RESUME), default=RESUME[0],
             tooltip="start anew: ignore what was saved. continue: go on from where the run of this name stopped; "
-            "the settings must be the same, only more epochs or iterations are allowed. take the best so far: give "
-            "out what a cancelled run had found, without going on.",
+            "model, inputs and settings must be the same, but for more epochs or iterations and for what is shown or "
+            "saves memory. take the best so far: give out what a run had found, without going on.",
         ),
     ]  # fmt: skip
 

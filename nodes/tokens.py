@@ -10,6 +10,7 @@ from comfy_api.latest import io
 from ..ipgo_engine.optimize import train_tokens
 from .host.conditioning import insert_tokens
 from .reporting import run_results
+from .resuming import kept_version
 from .running import Job, lines, monitors_of
 from .schema import (
     CATEGORY,
@@ -139,9 +140,15 @@ class IPGOTrainTokens(io.ComfyNode):
         result, (conditioning, noise) = job.run(
             train_tokens, prompts, config, lambda found: shown_rows(generator, found.best, prompts, config)
         )
-        tokens = result.best.to("cpu")
-        images = render_each(generator, conditioning, noise)
-        return io.NodeOutput(tokens, *run_results(job, "IPGO Train Tokens", result, images, token_facts(tokens)))
+        with job.keeping(result):
+            tokens = result.best.to("cpu")
+            images = render_each(generator, conditioning, noise)
+            return io.NodeOutput(tokens, *run_results(job, "IPGO Train Tokens", result, images, token_facts(tokens)))
+
+    @classmethod
+    def fingerprint_inputs(cls, save_as: str | None = None, resume: str | None = None, **_: Any) -> Any:
+        """Run again when what is kept has changed."""
+        return kept_version(save_as, resume)
 
 
 class IPGOApplyConditioning(io.ComfyNode):

@@ -90,10 +90,11 @@ class IPGOLoadTokens(io.ComfyNode):
         return f"{path}:{path.stat().st_mtime_ns}"
 
     @classmethod
-    def validate_inputs(cls, file: str) -> bool | str:
-        """Files written since the page was loaded are fine too."""
+    def validate_inputs(cls, file: str | None) -> bool | str:
+        """Files written since the page was loaded are fine too; so is a link (None here)."""
         try:
-            paths.token_file(file)
+            if file is not None:
+                paths.token_file(file)
         except ValueError as error:
             return str(error)
         return True

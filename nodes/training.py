@@ -14,7 +14,8 @@ from .host import files
 from .host.choices import empty_latent
 from .host.generator import ComfyGenerator, Sampling
 from .host.watch import final_images
-from .running import or_none, sampling_settings, seeds_from, shared_settings
+from .resuming import pin
+from .running import or_none, seeds_from, shared_settings
 
 KEPT_SETTINGS = ("width", "height", "steps", "cfg", "sampler_name", "scheduler", "negative")
 """Widgets that a tokens file records, so that a user can tell how its images were made."""
@@ -54,7 +55,7 @@ def prompt_generator(model: Any, clip: Any, vae: Any, settings: dict[str, Any]) 
     )
     latent = empty_latent(settings["width"], settings["height"])
     generator = ComfyGenerator(model, vae, sampling, settings["negative"], latent, clip=clip, seed=settings["seed"])
-    generator.settings = sampling_settings(settings)
+    pin(generator, settings)
     return generator
 
 

@@ -61,4 +61,4 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_seed(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 63  # a bool is an int, too
+    return type(value) is int and 0 <= value < 1 << 64  # a bool is an int, too

@@ -44,7 +44,8 @@ def read_state(path: str | Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            # Clones: Windows replaces no file, such as this one at the next save, that tensors are still mapped to.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
         if metadata.get("format") != FORMAT:
             raise ValueError(f"format {metadata.get('format')!r}")
         tree = json.loads(metadata["state"])

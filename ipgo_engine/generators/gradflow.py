@@ -35,8 +35,9 @@ class GradientScale:
     serves one graph and one backward pass at a time.
     """
 
-    def __init__(self) -> None:
-        self.factor = 1.0
+    def __init__(self, exponent: int = _TARGET_EXPONENT) -> None:
+        """The largest entry of the gradient is scaled to about 2 ** `exponent`."""
+        self.exponent, self.factor = exponent, 1.0
 
     def outgoing(self, value: Tensor) -> Tensor:
         """Identity; its backward chooses the factor and applies it."""
@@ -57,7 +58,7 @@ class _ScaleUp(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> Any:
         largest = float(grad_outputs[0].abs().max())
         usable = math.isfinite(largest) and largest > 0
-        ctx.scale.factor = 2.0 ** (_TARGET_EXPONENT - math.frexp(largest)[1]) if usable else 1.0
+        ctx.scale.factor = 2.0 ** (ctx.scale.exponent - math.frexp(largest)[1]) if usable else 1.0
         return grad_outputs[0] * ctx.scale.factor, None
 
 

@@ -66,7 +66,7 @@ class JudgeConfig:
     high: float = 10.0
     """A score outside [low, high] counts as no answer."""
     timeout: float = 60.0
-    """Seconds to connect, and again for the whole answer."""
+    """Seconds to connect and send, and again for the whole answer."""
     retries: int = 2
     """Further attempts after a failure that may pass: no connection, no answer in time, busy, no score in the text."""
     concurrency: int = 2
@@ -197,9 +197,8 @@ class Judge:
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         line = _line(self._address, self.config.timeout)
         try:
-            line.connect()
+            line.request("POST", target, body, headers)
             with _hanging_up(line.sock, self.config.timeout):
-                line.request("POST", target, body, headers)
                 answer = line.getresponse()
                 text = answer.read(_LONGEST_ANSWER).decode("utf-8", "replace")
             return answer.status, _seconds(answer.getheader("Retry-After")), text

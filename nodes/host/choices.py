@@ -8,10 +8,15 @@ from comfy.model_management import get_torch_device
 
 from .samplers import BIASED
 
-SAMPLERS: list[str] = [name for name in comfy.samplers.KSampler.SAMPLERS if name not in BIASED]
-"""Samplers whose gradient is right."""
 
-SCHEDULERS: list[str] = list(comfy.samplers.KSampler.SCHEDULERS)
+def samplers() -> list[str]:
+    """Samplers whose gradient is right, those of other packs included; packs may add theirs at any time."""
+    return [name for name in comfy.samplers.KSampler.SAMPLERS if name not in BIASED]
+
+
+def schedulers() -> list[str]:
+    """Every scheduler there is now."""
+    return list(comfy.samplers.KSampler.SCHEDULERS)
 
 
 def reward_dtype(name: str) -> torch.dtype:

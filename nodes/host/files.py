@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ SHIPPED_TOKENS = Path(__file__).resolve().parents[2] / "assets" / "tokens"
 REWARDS = "rewards"
 WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
 NOTHING = "(nothing found)"
+LONGEST_NAME = 200
+"""Bytes of a name; file systems take 255, number, ending and the mark of an unfinished file included."""
 
 
 def register_folders() -> None:
@@ -57,7 +60,7 @@ def reward_path(name: str) -> Path:
 
 def state_file(name: str) -> Path:
     """The file from which the run of that name is resumed."""
-    return paths.run_file(name, ".resume.safetensors")
+    return paths.run_file(checked(name), ".resume.safetensors")
 
 
 def next_token_file(name: str) -> Path:
@@ -65,9 +68,22 @@ def next_token_file(name: str) -> Path:
     return numbered(lambda part: paths.new_token_file(part), name)
 
 
+def next_noise_file(name: str) -> Path:
+    """A new numbered noise file, beside the pictures."""
+    return numbered(lambda part: paths.run_file(part, ".noise.safetensors"), name)
+
+
+def checked(name: str) -> str:
+    """The name, if file systems can store it with a number and an ending."""
+    longest = max(len(part.encode()) for part in re.split(r"[\\/]", name))
+    if longest > LONGEST_NAME:
+        raise InputError(f"name is {longest} bytes long: use at most {LONGEST_NAME} for the file and for each folder.")
+    return name
+
+
 def numbered(place: Callable[[str], Path], name: str) -> Path:
     """The first of `name_00001`, `name_00002`, ... that does not exist yet."""
-    number = 1
+    number, name = 1, checked(name)
     while (path := place(f"{name}_{number:05}")).exists():
         number += 1
     return path

@@ -21,14 +21,15 @@ from torch import Tensor
 
 from ...ipgo_engine.errors import InputError
 from ...ipgo_engine.generators.base import Conditioning
+from ...ipgo_engine.generators.gradflow import GradientScale
 from . import compat, decode, wrappers
 from .conditioning import ComfyConditioning, from_engine, to_engine
 from .dryrun import draw_noise, plan_noise, taped_sampler
-from .inputs import control_networks, encoder_name, one_latent, owned
+from .inputs import control_networks, encoder_name, one_latent, owned, place_in_batch
 from .interrupt import comfy_interrupt_as_cancelled, poll_interrupt
 from .noise import NoisePlan, replay
 from .recomputed import RecomputedModules
-from .refuse import refuse_hooks, refuse_unsupported
+from .refuse import refuse_hooks, refuse_missing, refuse_unsupported
 from .samplers import refuse_biased, sampler_by_name, sigmas_by_name
 from .weights import Aliases, is_quantized, usable
 
@@ -82,13 +83,13 @@ class ComfyGenerator:
         positive: ComfyConditioning | None = None,
         seed: int = 0,
     ) -> None:
-        if clip is None and (positive is None or isinstance(negative, str)):
-            raise InputError("clip is missing: connect CLIP, or give the positive and the negative as CONDITIONING.")
+        refuse_missing(vae, clip, needs_clip=positive is None or isinstance(negative, str))
         compat.refuse_nested(latent["samples"])
         refuse_unsupported(model)
         refuse_biased(getattr(sampling.sampler.sampler_function, "__name__", ""))
         self.model, self.vae, self.clip, self.sampling, self.seed = model, vae, clip, sampling, seed
         self.latent, self.mask = one_latent(model, latent)
+        self.place = place_in_batch(latent)
         self.positive = positive
         self.negative = self._encode_text(negative) if isinstance(negative, str) else owned(negative)
         for name, conditioning in (("positive", positive or []), ("negative", self.negative)):
@@ -185,6 +186,7 @@ class ComfyGenerator:
             "cfg": float(self.sampling.cfg),
             "latent": list(self.latent.shape),
             "mask": self.mask is not None,
+            "batch_index": self.place,
         }
 
     def _check(self, conditioning: Conditioning, noise: Tensor) -> None:
@@ -206,7 +208,7 @@ class ComfyGenerator:
 
     def _draw(self, seed: int) -> Tensor:
         """(1, *noise_shape) for one seed; what is injected beyond it to the last bit is remembered."""
-        initial = comfy.sample.prepare_noise(self.latent, seed).to(self.device)
+        initial = comfy.sample.prepare_noise(self.latent, seed, [self.place]).to(self.device)
         noise, exact = draw_noise(
             self.model, self.sampling.sampler, self.sampling.sigmas.to(self.device), self.plan, initial,
             self.latent.to(self.device), None if self.mask is None else self._mask_like(initial), seed,
@@ -280,6 +282,7 @@ class ComfyGenerator:
         try:
             for block in decode.blocks(network) if checkpoint else ():
                 blocks.apply(block)
-            return decode.decode(self.vae, network, latents).to(self.device)
+            scale = GradientScale()  # a float16 VAE would lose the gradient of a pixel
+            return scale.outgoing(decode.decode(self.vae, network, scale.incoming(latents))).to(self.device)
         finally:
             blocks.restore()

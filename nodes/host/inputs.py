@@ -24,16 +24,30 @@ def owned(conditioning: ComfyConditioning) -> ComfyConditioning:
 
 
 def one_latent(model: Any, latent: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """The latent image (1, C, h, w) and the denoise mask of a LATENT whose images are all the same."""
+    """The latent image (1, C, h, w) and the denoise mask of a LATENT whose images, and masks, are all the same."""
     with torch.inference_mode(False):
         samples = usable(compat.fix_empty_latent(model, latent)).detach().clone()
         mask = latent.get("noise_mask")
         mask = None if mask is None else usable(mask).detach().clone()
-    if len(samples) > 1 and not all(torch.equal(samples[0], other) for other in samples[1:]):
+    if not _all_equal(samples):
         raise InputError(f"latent holds {len(samples)} different images: give one (LatentFromBatch).")
-    if mask is not None and mask.ndim > 2 and len(mask) > 1:
+    if mask is not None and mask.ndim > 2:
+        if not _all_equal(mask[: len(samples)]):
+            raise InputError(
+                f"latent holds different masks for its {len(samples)} images: give one image (LatentFromBatch) or one "
+                "mask."
+            )
         mask = mask[:1]
     return samples[:1], mask
+
+
+def _all_equal(rows: Tensor) -> bool:
+    return all(torch.equal(rows[0], other) for other in rows[1:])
+
+
+def place_in_batch(latent: dict[str, Any]) -> int:
+    """Which of the noises that a seed gives is that of this LATENT: not the first, if it was taken from a batch."""
+    return int(latent["batch_index"][0]) if latent.get("batch_index") is not None else 0
 
 
 def encoder_name(clip: Any, dim: int) -> str:

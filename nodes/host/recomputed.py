@@ -37,7 +37,7 @@ def backward_kernels() -> Iterator[None]:
                 setattr(attention, name, function)
 
 
-def _is_transformer_options(node: Any) -> bool:
+def is_transformer_options(node: Any) -> bool:
     """The options travel as they are, not as a copy: patches write into them."""
     return isinstance(node, dict) and ("cond_or_uncond" in node or "sample_sigmas" in node)
 
@@ -49,7 +49,7 @@ def recomputed(function: Callable[..., Any], *args: Any, stock_mode: Mode = torc
     how gradients are switched off: quantized layers compute something else in inference mode, the mode of stock nodes,
     than under `no_grad`.
     """
-    leaves, layout = tree_flatten((args, kwargs), is_leaf=_is_transformer_options)
+    leaves, layout = tree_flatten((args, kwargs), is_leaf=is_transformer_options)
     where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
     inputs = [leaves[i] for i in where]
     for i in where:  # the closure must not keep the graph of earlier steps alive

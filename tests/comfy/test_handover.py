@@ -118,6 +118,14 @@ def test_other_settings_are_refused_with_the_reason(world):
             through_ksampler(world, handed, "euler_ancestral", tiny.latent(side=12))
 
 
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral"])
+def test_a_model_that_carries_noise_is_not_optimized_again(world, sampler):
+    generator = make(world, sampler)
+    model = handover_module.Handover(generator, changed(generator)).model()
+    with pytest.raises(errors.InputError, match="already carries optimized noise"):
+        make(world, sampler, model=model)
+
+
 def test_a_batch_of_seeds_is_handed_over_whole(world, custom_sampler):
     generator = make(world, "dpmpp_2m_sde")
     with host.node():

@@ -362,6 +362,29 @@ def test_a_second_run_of_the_same_is_cached(server):
     assert train in finished(server, graph).cached
 
 
+def test_what_is_taken_is_not_an_old_result_from_the_cache(server):
+    graph = Demo(server.info)
+    run = graph.optimize("fresh")
+    graph_with(graph, run, NOISE["report"])
+    taken = {"resume": "take the best so far"}
+    for iterations in (1, 2):
+        graph.nodes[run]["inputs"].update(iterations=iterations, resume="start anew")
+        finished(server, graph)
+        graph.nodes[run]["inputs"].update(iterations=1, **taken)
+        done = finished(server, graph)
+        assert run not in done.cached
+        assert f"the best so far after {iterations} updates" in done.text(graph.last)
+    assert run in finished(server, graph).cached  # nothing has changed
+
+
+def test_an_address_may_be_linked(server):
+    graph = Demo(server.info)
+    text = graph.add("PrimitiveString", value="http://127.0.0.1:9/v1")
+    judge = graph.add("IPGOJudgeReward", url=(text, 0), retries=0, timeout=1.0)
+    graph_with(graph, graph.optimize("linked", reward=(judge, 0), perturbations=1), NOISE["report"])
+    assert "127.0.0.1" in server.run(graph.nodes).error
+
+
 def test_cancel_keeps_the_best_and_resume_takes_it_or_goes_on(server):
     graph = Demo(server.info)
     run = graph.optimize("cancelled", reward=graph.reward("slow"), iterations=500)
@@ -375,7 +398,8 @@ def test_cancel_keeps_the_best_and_resume_takes_it_or_goes_on(server):
     server.post("/interrupt")
     done = server.wait(prompt)
     assert done.interrupted
-    assert (server.base / "output" / "ipgo" / "cancelled_00001.png").is_file()
+    for ending in ("png", "noise.safetensors"):
+        assert (server.base / "output" / "ipgo" / f"cancelled_00001.{ending}").is_file()
     still_works(server)
     graph.nodes[run]["inputs"]["resume"] = "take the best so far"
     report = finished(server, graph).text(graph.last)

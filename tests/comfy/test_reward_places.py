@@ -87,3 +87,17 @@ def test_the_judge_has_no_address_until_one_is_typed():
     assert "{prompt}" in judge.config.template
     (judge,) = nodes.IPGOJudgeReward.execute(url="http://127.0.0.1:9/v1", model_name="m", template="{prompt}?").args
     assert judge.config.template == "{prompt}?"
+
+
+NEAR = ["127.0.0.1", "localhost", "192.168.1.7", "10.0.0.2", "[::1]", "nas", "box.local", "[fd00::1]"]
+FAR = ["example.com", "8.8.8.8", "169.254.169.254", "127.0.0.1.example.com", "[2001:4860:4860::8888]"]
+
+
+@pytest.mark.parametrize("host", NEAR + FAR)
+def test_somebody_elses_workflow_sends_no_pictures_out_of_the_house(host, monkeypatch):
+    url = f"http://{host}:8080/v1"
+    if host in FAR:
+        with pytest.raises(errors.InputError, match=r"not on this machine or its network.*IPGO_JUDGE_HOSTS="):
+            nodes.IPGOJudgeReward.execute(url=url, model_name="m")
+        monkeypatch.setenv("IPGO_JUDGE_HOSTS", f"other.org, {host.strip('[]')}")
+    nodes.IPGOJudgeReward.execute(url=url, model_name="m")

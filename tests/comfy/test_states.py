@@ -121,7 +121,6 @@ PATCHES = {
     "FreeU_V2": {"b1": 1.3, "b2": 1.4, "s1": 0.9, "s2": 0.2},
     "PerturbedAttentionGuidance": {"scale": 3.0},
     "RescaleCFG": {"multiplier": 0.7},
-    "HyperTile": {"tile_size": 32, "swap_size": 2, "max_depth": 0, "scale_depth": False},
     "SelfAttentionGuidance": {"scale": 0.5, "blur_sigma": 2.0},
     "CFGZeroStar": {},
     "TCFG": {},
@@ -129,7 +128,10 @@ PATCHES = {
     "EpsilonScaling": {"scaling_factor": 1.005},
     "CFGNorm": {"strength": 0.9},
 }
-RANDOM = {"HyperTile"}  # draws tile sizes from the global generator: not a function of its inputs
+RANDOM = {
+    "TomePatchModel": {"ratio": 0.5},
+    "HyperTile": {"tile_size": 32, "swap_size": 2, "max_depth": 0, "scale_depth": False},
+}
 
 
 @pytest.mark.parametrize("name", PATCHES)
@@ -139,9 +141,8 @@ def test_patches_by_other_nodes_are_respected(world, extras, name):
     model = host.run_node(extras[name], model=world[0], **PATCHES[name])
     expected = stock(world, "euler", model=model)
     generator = make(world, "euler", model=model)
-    if name not in RANDOM:
-        assert torch.equal(ours(generator), expected)
-        assert directional_error(generator, directions=1) < 3e-2
+    assert torch.equal(ours(generator), expected)
+    assert directional_error(generator, directions=1) < 3e-2
     _, recomputed = our_gradients(generator)
     assert all(bool(g.isfinite().all()) for g in recomputed)
 
@@ -155,11 +156,29 @@ def test_caches_are_refused_by_name(world, extras):
         make(world, "euler", model=model)
 
 
+@pytest.mark.parametrize("name", RANDOM)
+def test_patches_that_draw_from_the_global_random_state_are_refused_by_name(world, extras, name):
+    model = host.run_node(extras[name], model=world[0], **RANDOM[name])
+    with pytest.raises(errors.InputError, match=rf"{name}.*made again"):
+        make(world, "euler", model=model)
+
+
+def test_a_checkpoint_without_a_vae_or_a_text_encoder_is_refused(world):
+    model, vae, positive, negative = world
+    with host.node():
+        empty = comfy.sd.VAE(sd={})
+    with pytest.raises(errors.InputError, match="vae is invalid: the checkpoint"):
+        make((model, empty, positive, negative), "euler")
+    sampling = generator_module.Sampling.by_name(model, "euler", "normal", STEPS, CFG)
+    with pytest.raises(errors.InputError, match="clip is empty: the checkpoint"):
+        generator_module.ComfyGenerator(model, vae, sampling, "a text", tiny.latent())
+
+
 def test_a_model_whose_gradient_would_be_lost_is_refused_by_name():
     kind = getattr(comfy.model_base, "CosmosPredict2", None)
     if kind is None:
         pytest.skip("this ComfyUI has no Cosmos Predict2")
-    model = types.SimpleNamespace(wrappers={}, model=object.__new__(kind))
+    model = types.SimpleNamespace(wrappers={}, model_options={}, model=object.__new__(kind))
     with pytest.raises(errors.InputError, match=r"CosmosPredict2.*no backward"):
         host.pack("nodes.host.refuse").refuse_unsupported(model)
 
@@ -204,6 +223,27 @@ def test_image_to_image_and_masks(world, sampler, masked):
     if masked and sampler == "ddim":
         assert generator.noise_shape[0] == 2  # the kept region has a noise of its own
     assert directional_error(generator, directions=1) < 3e-2
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral"])
+def test_an_image_taken_from_a_batch_has_the_noise_of_its_place(world, sampler):
+    with host.node():
+        latent = comfy_nodes.LatentFromBatch().frombatch(tiny.latent(batch=4), 2, 1)[0]
+    expected = stock(world, sampler, latent=latent)
+    assert not torch.equal(expected, stock(world, sampler))
+    assert torch.equal(ours(make(world, sampler, latent=latent)), expected)
+
+
+def test_masks_that_differ_are_refused(world):
+    samples = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(8)).repeat(2, 1, 1, 1)
+    mask = torch.zeros(2, 64, 64)
+    mask[0, :, :32] = 1
+    with pytest.raises(errors.InputError, match="different masks for its 2 images"):
+        make(world, "euler", latent={"samples": samples, "noise_mask": mask})
+    mask[1] = mask[0]
+    make(world, "euler", latent={"samples": samples, "noise_mask": mask})
+    mask[1] = 0  # stock uses the first for a single image
+    make(world, "euler", latent={"samples": samples[:1], "noise_mask": mask})
 
 
 def test_areas_masks_and_time_ranges(world):

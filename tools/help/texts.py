@@ -5,11 +5,13 @@ from __future__ import annotations
 KEEPING = """
 ## Cancel, resume, files
 
-- **Cancel** keeps the best so far: the pictures go to `output/ipgo`, and what was learned is kept too.
+- What was learned is written to a new numbered file, whatever ends the run: tokens to `models/ipgo_tokens`, noise to
+  `output/ipgo/<save_as>_00001.noise.safetensors`. After **Cancel** or a failure, also one in the final images, the
+  best pictures go to `output/ipgo` too.
 - The state of the run is written to `output/ipgo/<save_as>.resume.safetensors` every ten steps and at the end.
-  *resume* = **continue** goes on from there with the same settings (more epochs or iterations are allowed), and gives
-  the result that an uninterrupted run would have given. **take the best so far** hands out what a cancelled run had
-  found, with all outputs, without going on.
+  *resume* = **continue** goes on from there with the same model, inputs and settings (more epochs or iterations are
+  allowed, and other previews, measurements and memory settings), and gives the result that an uninterrupted run would
+  have given. **take the best so far** hands out what a run had found, with all outputs, without going on.
 - When memory runs out, the model is recomputed in the backward pass, then fewer images are made at once, then
   gradients go through fewer steps; the report says what was done. When a reward is not a number, the run goes back
   to its best with half the step size, and stops with an error if that happens again and again. Nothing is lost in
@@ -180,7 +182,8 @@ optimizers estimate one from slightly changed pictures (*perturbations*), which 
         """
 A vision-language model rates the picture from 0 to 10. It runs behind an address that speaks OpenAI's chat format,
 such as a llama.cpp or vLLM server on your own machine. Pictures are sent to the address in *url* and nowhere else:
-there is no default, redirects are not followed, and a workflow somebody else made may bring an address, so look first.
+there is no default, and redirects are not followed. A workflow somebody else made may bring an address, so one outside
+this machine and its network is refused unless ComfyUI was started with `IPGO_JUDGE_HOSTS=that.host` in its environment.
 No key is ever sent; servers that want one can be used from Python (`JudgeConfig.key_variable`).
 Every perturbation of every step is a call: *max_calls* ends the run with its best so far.
 """,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ipgo_engine import rewards
+from ipgo_engine import cli, rewards
 from ipgo_engine.errors import BudgetSpentError, InputError, NonFiniteError
 from ipgo_engine.rewards.judge import Judge, JudgeConfig, JudgeError, parse_score
 
@@ -355,3 +355,20 @@ def test_settings_that_cannot_work_are_refused(settings):
 def test_a_broken_image_is_never_sent():
     with pytest.raises(NonFiniteError):
         Judge(JudgeConfig(url="http://127.0.0.1:9")).score(batch(float("nan")), ["x"])
+
+
+def test_the_score_command_asks_a_judge(tmp_path, monkeypatch, capsys):
+
+    monkeypatch.chdir(tmp_path)
+    for level in (40, 200):
+        Image.new("RGB", (16, 16), (level,) * 3).save(tmp_path / f"{level}.png")
+    endpoint = Endpoint()
+    with serving(endpoint.handler()) as address:
+        path = f"judge={address}/v1"
+        command = ["score", "40.png", "200.png", "--reward", "judge", "--reward-path", path, "--prompt", "a wall"]
+        assert cli.main([*command, "--out", "run"]) == 0
+    assert len(endpoint.seen) == 2
+    lines = (tmp_path / "run" / "scores.csv").read_text().splitlines()
+    assert [line.split(",")[1] for line in lines[1:]] == ["200.png", "40.png"]
+    assert cli.main(["score", "40.png", "--reward", "judge", "--prompt", "a wall"]) == 2
+    assert "url" in capsys.readouterr().err

@@ -1,0 +1,350 @@
+"""The run nodes, called as the executor calls them: what is kept, taken, resumed and said when the end goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import sys
+from pathlib import Path
+
+import comfy.lora
+import comfy.model_management
+import comfy.sd
+import folder_paths
+import host
+import nodes as comfy_nodes
+import pytest
+import torch
+from comfy_api.latest import io
+
+errors = host.pack("ipgo_engine.errors")
+state_format = host.pack("ipgo_engine.formats.state")
+noise_format = host.pack("ipgo_engine.formats.noise")
+files = host.pack("nodes.host.files")
+resuming = host.pack("nodes.resuming")
+NEW, CONTINUE, TAKE = host.pack("nodes.schema").RESUME
+RUNS = ("IPGOTrainTokens", "IPGONoiseOptimize", "IPGOJointOptimize")
+Interrupt = comfy.model_management.InterruptProcessingException
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tokens_apart(tmp_path_factory):
+    """Tokens go where no other test looks."""
+    with pytest.MonkeyPatch.context() as patch:
+        place = ([str(tmp_path_factory.mktemp("tokens"))], {".safetensors"})
+        patch.setitem(folder_paths.folder_names_and_paths, "ipgo_tokens", place)
+        yield
+
+
+@pytest.fixture(scope="module")
+def ours():
+    """Every node of the pack by its name."""
+    extension = asyncio.run(sys.modules[host.PACK].comfy_entrypoint())
+    return {kind.define_schema().node_id: kind for kind in asyncio.run(extension.get_node_list())}
+
+
+class World:
+    """The demo model and small runs on it."""
+
+    def __init__(self, ours):
+        self.ours = ours
+        self.model, self.clip, self.vae = self.call("IPGODemoModel")
+        with host.node():
+            self.positive, self.negative = (self.text(text) for text in ("red heart", ""))
+            self.latent = comfy_nodes.EmptyLatentImage().generate(128, 128, 1)[0]
+
+    def text(self, text):
+        return comfy_nodes.CLIPTextEncode().encode(self.clip, text)[0]
+
+    def call(self, node, **inputs):
+        """Outputs of a node, everything else at its default."""
+        parts = self.ours[node].define_schema().inputs
+        defaults = {part.id: part.default for part in parts if getattr(part, "default", None) is not None}
+        with host.node():
+            return self.ours[node].execute(**defaults | inputs).args
+
+    def noise(self, save_as, reward=None, **inputs):
+        """Noise optimization with a small budget."""
+        settings = {
+            "model": self.model, "vae": self.vae, "positive": self.positive, "negative": self.negative,
+            "latent_image": self.latent, "prompt": "red heart", "steps": 2, "cfg": 2.0, "sampler_name": "euler",
+            "scheduler": "normal", "iterations": 1, "permutations": 5,
+        }  # fmt: skip
+        return self.call("IPGONoiseOptimize", save_as=save_as, reward=reward or Brightness(), **settings | inputs)
+
+    def tokens(self, save_as, reward=None, **inputs):
+        """Token training with a small budget."""
+        settings = {
+            "model": self.model, "clip": self.clip, "vae": self.vae, "prompt": "red heart", "width": 128,
+            "height": 128, "steps": 2, "cfg": 2.0, "sampler_name": "euler", "epochs": 1, "prefix_length": 2,
+            "suffix_length": 2,
+        }  # fmt: skip
+        return self.call("IPGOTrainTokens", save_as=save_as, reward=reward or Brightness(), **settings | inputs)
+
+
+@pytest.fixture(scope="module")
+def world(ours):
+    return World(ours)
+
+
+class Brightness:
+    """A reward that goes wrong at one call."""
+
+    name, differentiable = "brightness", True
+
+    def __init__(self, at=0, wrong=None):
+        self.at, self.wrong, self.calls = at, wrong, 0
+
+    def score(self, images, prompts):
+        self.calls += 1
+        if self.calls == self.at:
+            self.wrong()
+        return images.mean((1, 2, 3))
+
+
+def cancel():
+    comfy.model_management.interrupt_current_processing(True)
+
+
+def out_of_memory():
+    raise torch.cuda.OutOfMemoryError("simulated")
+
+
+def written(name):
+    """Names of the files of a run in the output folder."""
+    return sorted(path.name for path in (Path(folder_paths.get_output_directory()) / "ipgo").glob(name + "*"))
+
+
+def kept(name):
+    return state_format.read_state(files.state_file(name))
+
+
+def test_taking_the_best_trains_no_further(world):
+    prompts = {"prompt": "red heart\ncat\npizza\nstar\nrocket", "prompts_per_step": 1, "epochs": 2}
+    with pytest.raises(Interrupt):
+        world.tokens("list", Brightness(at=5, wrong=cancel), **prompts)
+    before = kept("list")
+    assert 0 < before["update"] < 5
+    tokens, images, *_, report = world.tokens("list", resume=TAKE, **prompts)
+    after = kept("list")
+    assert after["update"] == before["update"]
+    assert torch.equal(after["best"]["images"], before["best"]["images"])
+    assert torch.allclose(images.movedim(-1, 1), before["best"]["images"], atol=1e-5)
+    assert "the best so far after" in report
+    assert tokens.num_parameters
+
+
+@pytest.mark.parametrize("node", RUNS)
+def test_what_is_kept_is_part_of_the_cache_key(world, ours, node):
+    version = ours[node].fingerprint_inputs
+    assert version(save_as="key", resume=NEW, steps=2) == version(save_as="another", resume=NEW, steps=3)
+    assert math.isnan(version(save_as=f"never_{node}", resume=TAKE))
+    assert math.isnan(version(save_as=None, resume=TAKE))  # linked
+    assert math.isnan(version(save_as="key", resume=None))
+    files.state_file("key").unlink(missing_ok=True)
+    world.noise("key", iterations=1)
+    first = version(save_as="key", resume=TAKE)
+    assert first == version(save_as="key", resume=TAKE)
+    world.noise("key", iterations=1, resume=TAKE)
+    assert version(save_as="key", resume=TAKE) == first
+    world.noise("key", iterations=2, seed=9)
+    assert version(save_as="key", resume=TAKE) != first
+
+
+def failing_decode(monkeypatch, wrong):
+    """The final pass goes wrong: it alone calls the VAE's own decode."""
+    monkeypatch.setattr(comfy.sd.VAE, "decode", lambda *_, **__: wrong())
+
+
+def test_a_final_pass_that_fails_says_where_the_best_is(world, monkeypatch):
+    with monkeypatch.context() as patch:
+        failing_decode(patch, out_of_memory)
+        with pytest.raises(errors.IPGOError, match=r"simulated.*not lost.*end_00001.*png.*take the best so far"):
+            world.noise("end")
+    assert written("end") == ["end.resume.safetensors", "end_00001.noise.safetensors", "end_00001.png"]
+    assert world.noise("end", resume=TAKE)[-1].startswith("Regularized Noise Optimize: the best so far")
+
+
+def test_cancel_in_the_final_pass_keeps_the_pictures(world, monkeypatch):
+    def cancelled():
+        cancel()
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    with monkeypatch.context() as patch:
+        failing_decode(patch, cancelled)
+        with pytest.raises(Interrupt):
+            world.tokens("end_cancelled")
+    assert written("end_cancelled") == ["end_cancelled.resume.safetensors", "end_cancelled_00001.png"]
+    comfy.model_management.interrupt_current_processing(False)
+
+
+def test_cancel_in_the_final_score_keeps_the_pictures(world):
+    steps_and_start = 2
+
+    def cancelled():
+        cancel()
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    with pytest.raises(Interrupt):
+        world.noise("score_cancelled", Brightness(at=steps_and_start + 1, wrong=cancelled))
+    assert "score_cancelled_00001.png" in written("score_cancelled")
+
+
+def test_a_final_score_that_fails_costs_that_score(world):
+    *_, images, _, _, _, report = world.noise("unscored", Brightness(at=3, wrong=out_of_memory))
+    assert images.shape == (1, 128, 128, 3)
+    assert "The final images have no score (simulated)" in report
+
+
+def test_a_curve_that_fails_costs_the_curve(world, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(host.pack("nodes.reporting"), "curve_tensor", broken)
+    *_, images, _, curve, loss, report = world.noise("uncurved")
+    assert images.shape == (1, 128, 128, 3)
+    assert "no font" in curve.message
+    assert len(loss["loss"]) == 2
+    assert "brightness" in report
+
+
+@pytest.mark.parametrize("run", ["noise", "tokens"])
+def test_a_missing_matplotlib_is_missed_before_the_run(world, monkeypatch, run):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    reward = Brightness()
+    with pytest.raises(errors.IPGOError, match=r"pip install -r requirements\.txt"):
+        getattr(world, run)("no_curves", reward)
+    assert reward.calls == 0
+
+
+@contextlib.contextmanager
+def other(weight):
+    """A weight of a model is another one."""
+    with torch.inference_mode():
+        old = weight.clone()
+        weight.mul_(1.01)
+        yield
+        weight.copy_(old)
+
+
+def test_another_model_or_vae_is_not_resumed(world):
+    world.noise("weights")
+    world.tokens("weights_tokens")
+    weights = {
+        "model_weights": world.model.model.diffusion_model.out[0].weight,
+        "vae_weights": world.vae.first_stage_model.decoder.norm_out.weight,
+    }
+    for (name, weight), resume in zip(weights.items(), (CONTINUE, TAKE), strict=True):
+        with other(weight):
+            for run, save_as in ((world.noise, "weights"), (world.tokens, "weights_tokens")):
+                with pytest.raises(errors.InputError, match=rf"different: {name}\)"):
+                    run(save_as, resume=resume)
+    assert "the best so far" in world.noise("weights", resume=TAKE)[-1]
+
+
+def lora(model, strength=1.0, seed=1):
+    """MODEL with a LoRA on one attention projection."""
+    key = next(key for key in model.model.state_dict() if key.endswith("attn2.to_k.weight"))
+    rows, columns = model.model.state_dict()[key].shape
+    name, random = "lora_unet_x", torch.Generator().manual_seed(seed)
+    weights = {
+        f"{name}.lora_up.weight": torch.randn(rows, 2, generator=random),
+        f"{name}.lora_down.weight": torch.randn(2, columns, generator=random),
+    }
+    patched = model.clone()
+    loaded = comfy.lora.load_lora(weights, {name: key})
+    assert patched.add_patches(loaded, strength)
+    return patched
+
+
+def test_patches_count_and_being_loaded_does_not(world):
+    fingerprint = resuming.weights_fingerprint
+    plain, patched = fingerprint(world.model), fingerprint(lora(world.model))
+    different = {plain, patched, fingerprint(lora(world.model, 0.5)), fingerprint(lora(world.model, seed=2))}
+    assert len(different) == 4
+    everywhere = world.model.clone()
+    bias = [name for name, weight in world.model.model.named_parameters() if weight.ndim == 1]
+    everywhere.add_patches({name: ("diff", (torch.ones(1),)) for name in bias})
+    loose = fingerprint(everywhere)
+    with host.node():
+        comfy.model_management.load_models_gpu([everywhere])
+        try:
+            assert everywhere.backup
+            assert (fingerprint(world.model), fingerprint(everywhere)) == (plain, loose)
+        finally:
+            everywhere.unpatch_model(torch.device("cpu"))
+            comfy.model_management.unload_all_models()
+    assert fingerprint(lora(world.model)) == patched
+
+
+def test_another_mask_is_not_resumed(world):
+    left = torch.zeros(1, 128, 128)
+    left[..., :64] = 1
+    masked, right = ({**world.latent, "noise_mask": mask} for mask in (left, 1 - left))
+    world.noise("mask", latent_image=masked)
+    for latent in (right, world.latent):
+        with pytest.raises(errors.InputError, match="different: mask"):
+            world.noise("mask", latent_image=latent, resume=CONTINUE)
+    assert "the best so far" in world.noise("mask", latent_image=masked, resume=TAKE)[-1]
+
+
+def test_what_only_shows_or_saves_memory_may_differ(world):
+    world.noise("shown")
+    changed = {"preview_every": 2, "save_memory": False, "monitor_every": 2, "patience": 3}
+    report = world.noise("shown", resume=CONTINUE, iterations=2, **changed)[-1]
+    assert "finished after 2 updates" in report
+
+
+def test_every_noise_is_kept_in_a_file_of_its_own(world):
+    first = world.noise("numbered")
+    second = world.noise("numbered", seed=99)
+    for number, outputs, seed in ((1, first, 0), (2, second, 99)):
+        name = f"numbered_{number:05}.noise.safetensors"
+        noise, labels = noise_format.read_noise(Path(folder_paths.get_output_directory()) / "ipgo" / name)
+        assert torch.equal(noise[:, 0], outputs[0].generate_noise(world.latent))
+        assert (labels["prompts"], labels["seeds"], labels["steps"]) == (["red heart"], [seed], 2)
+        assert name in outputs[-1]
+
+
+def test_tokens_and_noise_of_a_joint_run_name_each_other(world):
+    settings = {"width": 128, "height": 128, "steps": 2, "cfg": 2.0, "sampler_name": "euler", "permutations": 5}
+    world.call(
+        "IPGOJointOptimize", model=world.model, clip=world.clip, vae=world.vae, reward=Brightness(), iterations=1,
+        save_as="both", **settings,
+    )  # fmt: skip
+    _, labels = noise_format.read_noise(
+        Path(folder_paths.get_output_directory()) / "ipgo" / "both_00001.noise.safetensors"
+    )
+    assert labels[noise_format.LEARNED_WITH] == "both_00001.safetensors"
+    assert labels["encoder"].startswith("clip-")
+
+
+def test_a_state_that_was_read_lets_go_of_its_file(tmp_path):
+    path = state_format.write_state(tmp_path / "state.safetensors", {"values": torch.ones(4096)})
+    state = state_format.read_state(path)
+    with path.open("r+b") as file:  # Windows would not even replace a file that is still mapped
+        file.write(bytes(path.stat().st_size))
+    assert bool((state["values"] == 1).all())
+
+
+def test_links_into_checked_inputs_are_let_through(ours):
+    """ComfyUI gives None for them before anything runs."""
+    placeholder = io.ComfyNode.validate_inputs.__func__
+    checked = [kind for kind in ours.values() if kind.validate_inputs.__func__ is not placeholder]
+    assert len(checked) >= 7
+    for kind in checked:
+        code = kind.validate_inputs.__func__.__code__
+        assert kind.validate_inputs(*[None] * (code.co_argcount - 1)) is True
+
+
+def test_names_that_no_file_system_stores_are_refused(world):
+    tokens = world.tokens("short")[0]
+    with pytest.raises(errors.InputError, match="260 bytes long"):
+        world.call("IPGOSaveTokens", tokens=tokens, filename_prefix="a" * 260, note="")
+    reward = Brightness()
+    with pytest.raises(errors.InputError, match="260 bytes long"):
+        world.tokens("folder/" + "a" * 260, reward)
+    assert reward.calls == 0
+    longest = "a" * files.LONGEST_NAME
+    assert longest in world.call("IPGOSaveTokens", tokens=tokens, filename_prefix=longest, note="")[0]
