@@ -112,11 +112,12 @@ def _hybrid(task: Task, rows: Sequence[int], perturbed: Callable[[list[int], Ten
         y = images.detach()
         with torch.no_grad():
             rewards = task.score(y, chunk)
+            # Rewards are promised pixels in [0, 1], or what the generator gives: a black box may wrap around outside.
+            low, high = min(0.0, float(y.min())), max(1.0, float(y.max()))
             h = torch.zeros_like(y)
             for _ in range(count):
                 changed = perturbed(chunk, y)
-                # Rewards are promised pixels in [0, 1]: a black box may wrap around outside.
-                gain = task.score(changed.clamp(0, 1), chunk) - rewards
+                gain = task.score(changed.clamp(low, high), chunk) - rewards
                 h += gain.view(-1, 1, 1, 1) * (changed - y)
             h /= count * scale**2
         if images.requires_grad:

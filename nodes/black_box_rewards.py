@@ -168,7 +168,8 @@ def check_destination(url: str) -> None:
         host = urlsplit(url.strip()).hostname or ""
     except ValueError:
         return  # no address: the judge says so
-    if _is_near(host) or host in os.environ.get(ALLOWED, "").lower().replace(",", " ").split():
+    allowed = os.getenv(ALLOWED, "")
+    if _is_near(host) or host in allowed.lower().replace(",", " ").split():
         return
     raise InputError(
         f"url leads to {host}, which is not on this machine or its network: pictures would be sent there. If you want "

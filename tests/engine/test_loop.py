@@ -635,3 +635,22 @@ def test_the_released_code_decays_by_updates():
     """The notebook's scheduler counts batches: x 0.95 every 15 of them."""
     notebook = OptimizeConfig.preset("released-code", batch=True)
     assert [notebook.learning_rate_factor(u, 15) for u in (14, 15, 30)] == pytest.approx([1, 0.95, 0.95**2])
+
+
+@pytest.mark.parametrize("method", ["hybrid-image", "hybrid-noise"])
+def test_black_boxes_see_pictures(method):
+    """A reward of another pack may wrap around outside [0, 1]."""
+    seen = []
+
+    class Watching(ToyReward):
+        def score(self, images, prompts):
+            seen.append((float(images.min()), float(images.max())))
+            return super().score(images, prompts)
+
+    config = dataclasses.replace(NOISE, gradient=method, perturbation_scale=0.5, iterations=2)
+    optimize_noise(ToyGenerator(), Watching(differentiable=False), ["red heart"], config)
+    first = seen[0]
+    assert first[0] >= 0
+    assert first[1] <= 1
+    assert min(low for low, _ in seen) >= 0
+    assert max(high for _, high in seen) <= 1

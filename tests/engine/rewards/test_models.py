@@ -146,7 +146,7 @@ def test_aesthetic_paths(root, tmp_path):
 
 
 def test_head_of_another_width_is_refused(root, tmp_path):
-    with pytest.raises(InputError, match="width 768, this CLIP gives 24"):
+    with pytest.raises(InputError, match="width 768, this CLIP gives 1024"):
         rewards.load("aesthetic", {"head": root / "aesthetic", "clip": root / "pickscore"})
     torch.save({"layers.0.weight": torch.zeros(3, 768)}, tmp_path / "x-linearMSE.pth")
     with pytest.raises(InputError, match="lacks"):
