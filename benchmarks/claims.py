@@ -36,6 +36,7 @@ from benchmarks.common import (
     load_rewards,
     make_generator,
     read_prompts,
+    shortened,
     shown,
     write_table,
 )
@@ -177,22 +178,19 @@ def cell(out: Path, entry: Entry, options: argparse.Namespace, unit: Unit) -> Pa
     what = [kind, asdict(entry.config), shared | entry.generator, entry.reward or options.reward, unit.unseen]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
     name = "-".join("".join(c if c.isalnum() else "_" for c in prompt) for prompt in unit.prompts)
-    if len(name) > 80:
-        name = f"{name[:70]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return out / "cells" / digest / f"{name}.json"
+    return out / "cells" / digest / f"{shortened(name)}.json"
 
 
-def table_row(entry: Entry, done: Cells, others: Sequence[Cells]) -> dict[str, Any]:
-    """Means with 95 % intervals over units, and the difference to the question's first entry, paired by unit."""
-    reference = others[0]
+def table_row(entry: Entry, done: Cells, others: Sequence[Cells], reference: Cells) -> dict[str, Any]:
+    """Means with 95 % intervals over units, and the differences to the reference, paired by unit."""
     row: dict[str, Any] = {"setting": entry.label, "units": len(done)}
     for key in GAINS:
         values = [(unit, v) for unit, found in done.items() for v in found.get(key, [])]
         row[f"{key} gain"] = shown(interval([v for _, v in values], [u for u, _ in values])) if values else ""
-    both = [u for u in done if u in reference]
-    pairs = [(u, float(np.mean(done[u]["target"]) - np.mean(reference[u]["target"]))) for u in both]
-    same = done is reference or not pairs
-    row["minus first"] = "" if same else shown(interval([v for _, v in pairs], [u for u, _ in pairs]))
+    for key in GAINS[:3]:
+        both = [u for u in done if done is not reference and done[u].get(key) and reference.get(u, {}).get(key)]
+        pairs = [(u, float(np.mean(done[u][key]) - np.mean(reference[u][key]))) for u in both]
+        row[f"{key} minus"] = shown(interval([v for _, v in pairs], [u for u, _ in pairs])) if pairs else ""
     shared = [u for u in done if all(u in cells for cells in others)]
     best = [u for u in shared if np.mean(done[u]["target"]) >= max(np.mean(cells[u]["target"]) for cells in others)]
     row["best for"] = f"{len(best)} of {len(shared)}" if shared else ""
@@ -213,14 +211,14 @@ def report(name: str, jobs: Sequence[tuple[Entry, Sequence[Unit]]], options: arg
             found.append((entry, done))
     if not found:
         return f"{name}: nothing measured yet\n"
-    rows = [table_row(entry, done, [cells for _, cells in found]) for entry, done in found]
+    first, reference = next(((e, c) for e, c in found if e.label == options.reference), found[0])
+    rows = [table_row(entry, done, [cells for _, cells in found], reference) for entry, done in found]
     kept = [name for name in rows[0] if any(row[name] != "" for row in rows)]
     rows = [{name: row[name] for name in kept} for row in rows]
     draw(name, found, options.out / f"{name}.png")
     what = options.model or "demo model"
-    title = (
-        f"{name}: {jobs[0][0].reward or options.reward} on the {what}, {options.seeds} seeds, {options.epochs} updates"
-    )
+    size = f"{options.seeds} seeds, {options.epochs} updates, differences to {first.label!r}"
+    title = f"{name}: {jobs[0][0].reward or options.reward} on the {what}, {size}"
     return write_table(rows, options.out / name, title)
 
 
@@ -259,6 +257,7 @@ def main() -> None:
     parser.add_argument("--released-basis", type=int, default=15, help="N of the released-code preset (30 on SD1.5)")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th unit, starting with the i-th")
     parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--reference", help="label of the setting the others are compared with (default: the first)")
     parser.add_argument("--out", type=Path, default=Path("results/claims"))
     options = parser.parse_args()
     prompts = read_prompts(options)

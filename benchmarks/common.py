@@ -124,7 +124,11 @@ def fresh_lora(unet: Any, rank: int, seed: int) -> Iterator[list[torch.nn.Parame
 
 def slug(text: str) -> str:
     """A file name, of a prompt for example."""
-    name = "".join(c if c.isalnum() else "-" for c in text)
+    return shortened("".join(c if c.isalnum() else "-" for c in text))
+
+
+def shortened(name: str) -> str:
+    """A name that file systems take; a digest tells apart what was cut off."""
     return name if len(name) <= 80 else f"{name[:70]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -120,7 +121,7 @@ class Bench:
         rows = []
         for seed in self.seeds:
             candidates = [seed, *(10_000 * (seed + 1) + i for i in range(self.options.most - 1))]
-            row: dict[str, list[Any]] = {"target": [], "held_out": [], "probability": [], "thumbnails": []}
+            row: defaultdict[str, list[Any]] = defaultdict(list)
             for start in range(0, len(candidates), self.options.batch):
                 images, noise = self._images(prompt, candidates[start : start + self.options.batch])
                 for key, value in self._scores(images, prompt, noise).items():
@@ -131,9 +132,7 @@ class Bench:
     @torch.no_grad()
     def _random_search(self, prompt: str) -> dict[str, Any]:
         """Hill climbing from every seed: a step between the best noise and fresh noise, which is Gaussian again."""
-        pools: list[dict[str, list[Any]]] = [
-            {"target": [], "held_out": [], "probability": [], "thumbnails": []} for _ in self.seeds
-        ]
+        pools: list[defaultdict[str, list[Any]]] = [defaultdict(list) for _ in self.seeds]
         conditioning = self.generator.encode([prompt]).select([0] * len(self.seeds))
         best, top = self.generator.draw_noise(self.seeds), torch.full((len(self.seeds),), -math.inf)
         angle = self.options.search_angle

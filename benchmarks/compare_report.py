@@ -143,14 +143,15 @@ def put_into_readme(out: Path, cells: Path, prompts: list[str]) -> None:
 
 
 def versus(found: Found) -> str:
-    """Paired differences against Best-of-N at equal cost, and of random search against both."""
+    """Paired differences: against Best-of-N and random search at equal cost, and of methods that share something."""
     lines, search = [], "random search for noise"
     pairs = [(method, f"best of N for {method}") for method in LEARNING]
-    for method, rival in [*pairs, (search, "best of N for noise"), ("noise", search)]:
+    plain = [("noise", "noise, no regularizer"), ("joint", "noise"), ("joint", "ipgo")]
+    for method, rival in [*pairs, (search, "best of N for noise"), ("noise", search), *plain]:
         if method not in found or rival not in found:
             continue
         both = {m: {p: found[m][p] for p in found[method] if p in found[rival]} for m in (method, rival)}
-        count = np.mean([row["n"] for row in both[rival].values()])
+        count = np.mean([row.get("n", 0) for row in both[rival].values()])
         for key in ("target", "held_out"):
             triple = gain(both, method, key, rival)
             name = rival.split(" for ")[0].replace("of N", f"of {count:.0f}")

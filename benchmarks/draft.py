@@ -131,13 +131,16 @@ class Bench:
 
 def report(cells: dict[str, dict[str, Any]], options: argparse.Namespace) -> str:
     """One row per method, intervals over prompts."""
-    rows = []
+    rows, last = [], list(next(iter(cells.values())))[-1]
     for method in next(iter(cells.values())):
         done = {prompt: cell[method] for prompt, cell in cells.items() if method in cell}
         row: dict[str, Any] = {"method": method, "parameters": next(iter(done.values()))["parameters"]}
         for key in GAINS:
             values = [(prompt, v) for prompt, found in done.items() for v in found[key]]
             row[f"{key} gain"] = shown(interval([v for _, v in values], [p for p, _ in values]))
+            theirs = [v for prompt in done for v in cells[prompt][last][key]]
+            minus = [a - b for (_, a), b in zip(values, theirs, strict=True)]
+            row[f"{key} minus last"] = shown(interval(minus, [p for p, _ in values])) if method != last else ""
         count = len(done) * options.seeds
         row["evaluations"] = round(sum(found["evaluations"] for found in done.values()) / count)
         row["seconds"] = f"{sum(found['seconds'] for found in done.values()) / count:.1f}"

@@ -71,6 +71,11 @@ class Loop:
         count = len(self.problem.prompts)
         return list(range(count)) if self.problem.updates_per_epoch == 1 else spread(count, VALIDATION_ROWS)
 
+    @property
+    def has_best(self) -> bool:
+        """Whether there is something to hand out: a start and, from the first step on, a best."""
+        return self.best.state is not None and self.start is not None
+
     def run(self) -> None:
         """Step to the end; the state file is written on the way out whatever happens."""
         begin_run(self.task.reward, *self.monitors.values())
@@ -86,14 +91,13 @@ class Loop:
                     break
                 if self.update % self.save_every == 0:
                     self._save()
-        except (Cancelled, KeyboardInterrupt):
-            if self.best.state is None or self.start is None:
+        except (BudgetSpentError, Cancelled, KeyboardInterrupt) as error:
+            if not self.has_best:
                 raise
-            self.stopped = "cancelled"
-        except BudgetSpentError as error:
-            if self.best.state is None or self.start is None:
-                raise
-            self._stop(self.update, str(error).rstrip("."))
+            if isinstance(error, BudgetSpentError):
+                self._stop(self.update, str(error).rstrip("."))
+            else:
+                self.stopped = "cancelled"
         finally:
             self._save()
 
@@ -299,9 +303,7 @@ class Loop:
 
     def _save(self) -> None:
         """Write what a resumed run needs. A full disk costs the file, never the run."""
-        if self.state_file is None or self.start is None or self.best.state is None:
-            return
-        if self._torn or not self._stepped:
+        if self.state_file is None or not self.has_best or self._torn or not self._stepped:
             return
         state = {
             "identity": self._identity(),
@@ -312,7 +314,7 @@ class Loop:
             "optimizer": self.optimizer.state_dict()["state"],
             "proposer": self.problem.proposer.state_dict() if self.problem.proposer else None,
             "best": vars(self.best),
-            "start": vars(self.start),
+            "start": vars(self.start),  # there is one where there is a best
             "history": [asdict(event) for event in self.history],
         }
         try:

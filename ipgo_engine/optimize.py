@@ -90,7 +90,7 @@ def _run(loop: Loop, resume: bool, learned: Callable[[], Any]) -> Result[Any]:
     try:
         loop.run()
     except Exception as error:
-        if loop.best.state is None or loop.start is None or not loop.history:
+        if not loop.has_best or not loop.history:
             raise
         failure, loop.stopped = error, f"failed: {error}"
     assert loop.best.state is not None

@@ -112,10 +112,10 @@ def load(
         raise InputError(f"reward {name!r} has weights: give the path of the local file or folder that holds them.")
     try:
         return MODELS[name](path, device, dtype)
-    except _NOT_OF_THE_FILES as error:
-        if not isinstance(error, RecursionError):
-            raise
+    except RecursionError as error:  # a RuntimeError, but of the files
         raise InputError(f"reward {name!r}: the files at {str(path)!r} are damaged (nested too deeply).") from error
+    except _NOT_OF_THE_FILES:
+        raise
     except Exception as error:  # the settings of a foreign file can break a library in any way
         reason = " ".join(str(error).split())[:200]
         raise InputError(
