@@ -128,7 +128,7 @@ def _prepare(arguments: argparse.Namespace) -> tuple[Demo, dict[str, Any]]:
         "eta": 0.0,
         "steps": plan.steps,
         "guidance_scale": models.demo_cfg(),
-        **{name: getattr(arguments, name) or models.DEFAULTS[name] for name in ("dtype", "autocast")},
+        **{name: getattr(arguments, name) or models.SETTINGS[name].default for name in ("dtype", "autocast")},
     }
     models.check_precision(settings["dtype"], settings["autocast"])
     generator = models.make_generator(settings, device, interrupt)

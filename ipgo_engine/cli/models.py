@@ -6,51 +6,38 @@ import argparse
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..generators.base import Generator
 from .inputs import parse_size
 
 DEFAULT_CFG = 7.5
-DEFAULTS = {
-    "model": "demo",
-    "sampler": "ddim",
-    "eta": 0.0,
-    "steps": 25,
-    "padded": True,
-    "dtype": "float32",
-    "autocast": "none",
-}
-"""Settings of the model that are not typed; the parser leaves them empty, so that a noise file can bring its own."""
+_NUMBER, _SIZE = (int, float), (int, type(None))
 
-_OPTIONS = {
-    "model": "--model",
-    "sampler": "--sampler",
-    "eta": "--eta",
-    "steps": "--steps",
-    "guidance_scale": "--cfg",
-    "negative_prompt": "--negative",
-    "width": "--size",
-    "height": "--size",
-    "padded": "--unpadded",
-    "dtype": "--dtype",
-    "autocast": "--autocast",
+
+class Setting(NamedTuple):
+    """One setting of the model: its option, the types it may have in a file, and what it is when nobody says so."""
+
+    option: str
+    kinds: Any
+    default: Any = None
+
+
+SETTINGS = {
+    "model": Setting("--model", str, "demo"),
+    "sampler": Setting("--sampler", str, "ddim"),
+    "eta": Setting("--eta", _NUMBER, 0.0),
+    "steps": Setting("--steps", int, 25),
+    "guidance_scale": Setting("--cfg", _NUMBER),
+    "negative_prompt": Setting("--negative", (str, type(None))),
+    "width": Setting("--size", _SIZE),
+    "height": Setting("--size", _SIZE),
+    "padded": Setting("--unpadded", bool, True),
+    "dtype": Setting("--dtype", str, "float32"),
+    "autocast": Setting("--autocast", str, "none"),
 }
-_OPTIONAL_SIZE, _NUMBER = (int, type(None)), (int, float)
-_KINDS: dict[str, Any] = {
-    "model": str,
-    "sampler": str,
-    "eta": _NUMBER,
-    "steps": int,
-    "guidance_scale": _NUMBER,
-    "negative_prompt": (str, type(None)),
-    "width": _OPTIONAL_SIZE,
-    "height": _OPTIONAL_SIZE,
-    "padded": bool,
-    "dtype": str,
-    "autocast": str,
-}
+"""The parser leaves what is not typed empty, so that a noise file can bring its own."""
 
 
 def choose_device(name: str) -> Any:
@@ -92,11 +79,11 @@ def model_settings(
     from ..generators.samplers import SAMPLERS
 
     typed, stored = _typed(arguments), _checked(stored or {}, source)
-    different = [_OPTIONS[key] for key, value in typed.items() if _contradicts(key, value, stored)]
+    different = [SETTINGS[key].option for key, value in typed.items() if _contradicts(key, value, stored)]
     if different:
-        was = ", ".join(f"{_OPTIONS[key]} {stored[key]}" for key in typed if _OPTIONS[key] in different)
+        was = ", ".join(f"{SETTINGS[key].option} {stored[key]}" for key in typed if SETTINGS[key].option in different)
         raise InputError(f"{source} was made with {was}: leave {', '.join(dict.fromkeys(different))} out.")
-    found = {key: typed.get(key, stored.get(key, DEFAULTS.get(key))) for key in _OPTIONS}
+    found = {key: typed.get(key, stored.get(key, setting.default)) for key, setting in SETTINGS.items()}
     if found["sampler"] not in SAMPLERS:
         raise InputError(f"sampler is {found['sampler']!r}: use one of {', '.join(SAMPLERS)}.")
     demo = found["model"] == "demo"
@@ -131,7 +118,7 @@ def _typed(arguments: argparse.Namespace) -> dict[str, Any]:
 def _checked(stored: Mapping[str, Any], source: str | None) -> Mapping[str, Any]:
     """The stored settings, after a look at their kinds."""
     for key, value in stored.items():
-        kinds = _KINDS.get(key, object)
+        kinds = SETTINGS[key].kinds if key in SETTINGS else object
         if not isinstance(value, kinds) or (isinstance(value, bool) and key != "padded"):
             raise InputError(f"{source} is damaged: its setting {key} is {value!r}; copy it again.")
     return stored
@@ -157,11 +144,9 @@ def check_precision(dtype: str, autocast: str) -> None:
 
 def demo_cfg() -> float:
     """The guidance scale the demo model looks best with."""
-    try:
-        from .. import demo
-    except ImportError:
-        return DEFAULT_CFG
-    return float(getattr(demo, "GUIDANCE_SCALE", DEFAULT_CFG))
+    from .. import demo
+
+    return demo.GUIDANCE_SCALE
 
 
 def make_generator(settings: dict[str, Any], device: Any, should_stop: Callable[[], bool]) -> Generator:
@@ -169,6 +154,7 @@ def make_generator(settings: dict[str, Any], device: Any, should_stop: Callable[
     _quiet()
     import torch
 
+    from .. import demo
     from ..generators.diffusers import DiffusersGenerator
 
     options = dict(settings)
@@ -176,16 +162,8 @@ def make_generator(settings: dict[str, Any], device: Any, should_stop: Callable[
     autocast = options.pop("autocast")
     options["autocast"] = None if autocast == "none" else getattr(torch, autocast)
     options["should_stop"] = should_stop
-    where = _demo_folder() if folder == "demo" else folder
+    where = demo.model_path() if folder == "demo" else folder
     return DiffusersGenerator.load(where, dtype=dtype, device=device, **options)
-
-
-def _demo_folder() -> Path:
-    try:
-        from ..demo import model_path
-    except ImportError as error:
-        raise InputError(f"the embedded demo model is not installed ({error}): give --model FOLDER.") from error
-    return model_path()
 
 
 def _quiet() -> None:

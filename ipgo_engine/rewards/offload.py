@@ -63,15 +63,18 @@ class Offloaded:
     @contextmanager
     def visiting(self, device: torch.device) -> Iterator[None]:
         """The weights are on the device inside, and back where they rested afterwards."""
-        tensors = [*self._weights.parameters(), *self._weights.buffers()]
-        rest = [tensor.data for tensor in tensors]
+        resting = [(part, name, tensor) for part in self._weights.modules() for name, tensor in _own(part)]
+        visitors: dict[int, Tensor] = {}  # a weight that two places share is copied once
         try:
-            for tensor in tensors:
-                tensor.data = _on(tensor.data, device)
+            # Whole tensors change places, not their data: that cannot change to every kind of device.
+            for part, name, tensor in resting:
+                if id(tensor) not in visitors:
+                    visitors[id(tensor)] = _on(tensor, device)
+                setattr(part, name, visitors[id(tensor)])
             yield
         finally:
-            for tensor, resting in zip(tensors, rest, strict=True):
-                tensor.data = resting
+            for part, name, tensor in resting:
+                setattr(part, name, tensor)
 
 
 class _ScoreNow(torch.autograd.Function):
@@ -92,5 +95,13 @@ class _ScoreNow(torch.autograd.Function):
         return gradient * grads[0].to(gradient.device).view(-1, 1, 1, 1), None, None
 
 
+def _own(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights and buffers of a module without those of the modules in it, by name."""
+    yield from part.named_parameters(recurse=False, remove_duplicate=False)
+    yield from part.named_buffers(recurse=False, remove_duplicate=False)
+
+
 def _on(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.to(device, non_blocking=True)
+    """The same kind of tensor elsewhere: a module takes only parameters in place of its parameters."""
+    moved = tensor.detach().to(device, non_blocking=True)
+    return nn.Parameter(moved, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved

@@ -21,19 +21,26 @@ MISSING = (
 
 if FOUND:
     sys.path.insert(0, str(Path(__file__).parent))
-    import host  # noqa: F401  starts ComfyUI
+    import host  # starts ComfyUI
 else:
     collect_ignore_glob = ["test_*.py"]
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds; run with --slow")
+    if FOUND and config.getoption("--second-device"):
+        import second_device
+
+        host.compute_on(second_device.start())
     for noise in ("ignore::UserWarning:torchsde", "ignore::UserWarning:comfy", "ignore::DeprecationWarning"):
         config.addinivalue_line("filterwarnings", noise)
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the slow tests too")
+    parser.addoption(
+        "--second-device", action="store_true", help="on a device that is not the CPU (tests/second_device)"
+    )
 
 
 def pytest_collection_modifyitems(config, items):

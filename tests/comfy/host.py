@@ -1,6 +1,6 @@
 """A real ComfyUI in this process, and the pack loaded into it as a custom node.
 
-`COMFYUI_ARGUMENTS` replaces its command line (`--cpu`).
+`COMFYUI_ARGUMENTS` replaces its command line (`--cpu`). `compute_on` moves it to a device it does not know.
 """
 
 from __future__ import annotations
@@ -66,6 +66,24 @@ _load_pack()
 def pack(name: str):
     """A module of the pack, `pack("nodes.host.generator")` for example."""
     return importlib.import_module(f"{PACK}.{name}")
+
+
+def compute_on(device) -> None:
+    """Models and samplers go to `device`, as they go to a GPU; float32, as on the CPU."""
+    import comfy.model_management as management
+
+    def memory(_device=None, torch_total_too=False, torch_free_too=False):
+        return (8 << 30, 8 << 30) if torch_total_too or torch_free_too else 8 << 30
+
+    management.cpu_state, management.vram_state = management.CPUState.GPU, management.VRAMState.NORMAL_VRAM
+    management.directml_enabled, management.directml_device = True, device  # the branch that asks nothing of a driver
+    management.get_torch_device = lambda: device
+    management.get_total_memory = management.get_free_memory = memory
+    for name in vars(management):
+        if name in ("should_use_fp16", "should_use_bf16") or (
+            name.startswith("supports_") and name.endswith("compute")
+        ):
+            setattr(management, name, lambda *args, **kwargs: False)
 
 
 @contextmanager

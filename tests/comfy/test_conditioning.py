@@ -75,7 +75,7 @@ def test_trained_tokens_reach_stock_nodes_bit_for_bit(world, sampler):
     with host.node():
         with generator:
             prompt = generator.encode(["a"])
-            image = generator.generate(tokens.condition(prompt), generator.draw_noise([7])).detach()
+            image = generator.generate(tokens.condition(prompt), generator.draw_noise([7])).detach().cpu()
         applied = conditioning_module.insert_tokens(positive, tokens.prefix().detach(), tokens.suffix().detach())
         out = comfy_nodes.common_ksampler(model, 7, STEPS, CFG, sampler, "normal", applied, negative, tiny.latent())[0]
         assert torch.equal(image, comfy_nodes.VAEDecode().decode(vae, out)[0].movedim(-1, 1))
@@ -92,7 +92,7 @@ def test_tokens_reach_every_entry_of_a_combined_conditioning(world):
     with host.node():
         with generator:
             prompt = generator.encode(["a"])
-            image = generator.generate(tokens.condition(prompt), generator.draw_noise([7])).detach()
+            image = generator.generate(tokens.condition(prompt), generator.draw_noise([7])).detach().cpu()
         applied = conditioning_module.insert_tokens(combined, tokens.prefix().detach(), tokens.suffix().detach())
     assert torch.equal(image, stock((model, vae, applied, negative), "euler"))
     with host.node(), generator:

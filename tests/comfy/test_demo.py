@@ -155,8 +155,8 @@ def test_the_whole_picture(world):
         generator = generator_module.ComfyGenerator(model, vae, sampling, "", latent, clip=clip)
         with generator, torch.no_grad():
             noise = generator.draw_noise([3])
-            ours = generator.generate(generator.encode([PROMPT]), noise)
-    start = noise[:, 0].clone() * pipeline.scheduler.sigmas[0] / pipeline.scheduler.init_noise_sigma
+            ours = generator.generate(generator.encode([PROMPT]), noise).cpu()
+    start = noise[:, 0].cpu() * pipeline.scheduler.sigmas[0] / pipeline.scheduler.init_noise_sigma
     theirs = pipeline(
         PROMPT, latents=start, num_inference_steps=steps, guidance_scale=cfg, output_type="pt", height=128, width=128
     ).images

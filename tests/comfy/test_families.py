@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import comfy.model_base
+import comfy.model_management
 import comfy.samplers
 import host
 import pytest
@@ -80,7 +81,8 @@ def plain_gradients(family, noise):
     # Flux writes into tensors that autograd saved: without this context plain autograd raises an error.
     with torch.enable_grad(), compat.gradient_kernels(), torch.autograd.graph.allow_mutation_on_saved_tensors():
         noise = noise.clone().requires_grad_(True)
-        embeddings = positive[0][0].clone().requires_grad_(True)
+        embeddings = positive[0][0].to(noise, copy=True).requires_grad_(True)
+        comfy.model_management.load_models_gpu([model, vae.patcher], force_full_load=True)
         guider = comfy.samplers.CFGGuider(model)
         guider.set_conds([[embeddings, positive[0][1]]], negative)
         guider.set_cfg(cfg)
@@ -88,7 +90,7 @@ def plain_gradients(family, noise):
         latents = guider.sample(
             noise[:, 0], tiny.latent(channels)["samples"], sampler, generator.sampling.sigmas.clone(), disable_pbar=True
         )
-        pixels = vae.first_stage_model.decode(latents).float()
+        pixels = vae.first_stage_model.decode(latents.to(noise)).float()
         return torch.autograd.grad(objective((pixels + 1) / 2), (noise, embeddings))
 
 

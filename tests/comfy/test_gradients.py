@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.model_management
 import host
 import pytest
 import tiny
@@ -24,7 +25,7 @@ def plain_world():
 
 
 def weights(like):
-    return torch.randn(like.shape, generator=torch.Generator().manual_seed(3))
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(3)).to(like.device)
 
 
 def objective(images):
@@ -60,12 +61,14 @@ def plain_denoiser(model, positive, negative, sigma_needs_gradient):
 def plain_gradients(world, sampler, generator, last=None):
     """An independent sampler written out, over ordinary weights."""
     model, vae, positive, negative = world
-    sigmas = generator.sampling.sigmas
     with torch.enable_grad():
         noise = generator.draw_noise([7]).requires_grad_(True)
-        embeddings = positive[0][0].clone().requires_grad_(True)
+        sigmas = generator.sampling.sigmas.to(noise)
+        embeddings = positive[0][0].to(noise, copy=True).requires_grad_(True)
         first = 0 if last is None else STEPS - last
-        denoise = plain_denoiser(model, positive, negative[0][0], lambda s: s <= float(sigmas[first]) * 1.0001)
+        comfy.model_management.load_models_gpu([model, vae.patcher], force_full_load=True)
+        away = negative[0][0].to(noise)
+        denoise = plain_denoiser(model, positive, away, lambda s: s <= float(sigmas[first]) * 1.0001)
         x = noise[:, 0] * torch.sqrt(1 + sigmas[0] ** 2)
         old = None
         for i in range(STEPS):
@@ -93,7 +96,7 @@ def plain_gradients(world, sampler, generator, last=None):
 
 
 def relative(a, b):
-    return float((a - b).norm() / b.norm())
+    return float((a.cpu() - b.cpu()).norm() / b.norm())
 
 
 @pytest.mark.parametrize("sampler", ["euler", "euler_ancestral", "dpmpp_2m"])
@@ -127,7 +130,7 @@ def directional_error(generator, seeds=(7,), directions=DIRECTIONS, step=3e-2):
         for which in (0, 1):
             norm = gradients[which].norm()
             for _ in range(directions):
-                noise = torch.randn(base[which].shape, generator=random)
+                noise = torch.randn(base[which].shape, generator=random).to(base[which])
                 direction = gradients[which] / norm + noise / noise.norm()  # half along it, half anywhere
 
                 def value(sign, which=which, direction=direction):

@@ -31,7 +31,8 @@ def control_net(compute):
         operations=comfy.ops.manual_cast if compute else comfy.ops.disable_weight_init,
     )  # fmt: skip
     tiny.initialise(network, 4)
-    return comfy.controlnet.ControlNet(network.eval(), manual_cast_dtype=compute)
+    device = comfy.model_management.get_torch_device()
+    return comfy.controlnet.ControlNet(network.eval(), load_device=device, manual_cast_dtype=compute)
 
 
 def world_of(compute, controlled=False, vae=tiny.vae):

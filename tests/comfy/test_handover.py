@@ -35,7 +35,7 @@ def custom_sampler():
 def changed(generator, seeds=(7,)):
     """Noise that no seed draws."""
     noise = generator.draw_noise(seeds)
-    return noise + 0.1 * torch.randn(noise.shape, generator=torch.Generator().manual_seed(5))
+    return noise + 0.1 * torch.randn(noise.shape, generator=torch.Generator().manual_seed(5)).to(noise)
 
 
 def decode(vae, samples):
@@ -66,10 +66,10 @@ def test_every_route_gives_the_generated_image(world, custom_sampler, sampler):
     with host.node():
         with generator:
             prompt, noise = generator.encode(["a"]), changed(generator)
-            image = generator.generate(prompt, noise.requires_grad_(True)).detach()
+            image = generator.generate(prompt, noise.requires_grad_(True)).detach().cpu()
         handed = handover_module.Handover(generator, noise)
         rendered, _ = handover_module.render(generator, prompt, noise)
-        assert torch.equal(rendered, image)
+        assert torch.equal(rendered.cpu(), image)
         for _ in range(2):  # nothing is used up
             assert torch.equal(through_custom(world, custom_sampler, handed, tiny.latent()), image)
             assert torch.equal(through_ksampler(world, handed, sampler, tiny.latent()), image)
@@ -92,7 +92,7 @@ def test_latent_route_is_close_for_deterministic_samplers(world, sampler):
         out = comfy_nodes.KSamplerAdvanced().sample(
             model, "disable", 0, STEPS, CFG, sampler, "normal", positive, negative, latent, 0, 10000, "disable"
         )[0]
-        assert float((decode(vae, out) - image).abs().max()) < 1e-5
+        assert float((decode(vae, out) - image.cpu()).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("sampler", STOCHASTIC)
@@ -131,7 +131,7 @@ def test_a_batch_of_seeds_is_handed_over_whole(world, custom_sampler):
     with host.node():
         noise = changed(generator, (1, 2, 3))
         with generator:
-            image = generator.generate(generator.encode(["a"] * 3), noise).detach()
+            image = generator.generate(generator.encode(["a"] * 3), noise).detach().cpu()
         handed = handover_module.Handover(generator, noise)
         assert torch.equal(through_custom(world, custom_sampler, handed, tiny.latent(batch=3)), image)
         assert torch.equal(through_ksampler(world, handed, "dpmpp_2m_sde", tiny.latent(batch=3)), image)
@@ -148,8 +148,8 @@ def test_a_masked_batch_is_handed_over_whole(world, custom_sampler, sampler):
     with host.node():
         noise = changed(generator, (1, 2))
         with generator:
-            image = generator.generate(generator.encode(["a"] * 2), noise).detach()
-            first = generator.generate(generator.encode(["a"]), noise[:1]).detach()
+            image = generator.generate(generator.encode(["a"] * 2), noise).detach().cpu()
+            first = generator.generate(generator.encode(["a"]), noise[:1]).detach().cpu()
         handed = handover_module.Handover(generator, noise)
         assert torch.equal(through_custom(world, custom_sampler, handed, batch), image)
         assert torch.equal(through_ksampler(world, handed, sampler, batch), image)

@@ -82,6 +82,9 @@ def test_stored_precision(world, dtype, compute, tolerance):
 
 def test_partly_loaded_model_with_lora(world, monkeypatch):
     """Low VRAM: weights cast on the fly, LoRA applied on the fly. The gradient is that of the loaded model."""
+    device = comfy.model_management.get_torch_device()
+    if device.type != "cpu" and hasattr(comfy.model_management, "get_cast_buffer"):
+        pytest.skip("this ComfyUI streams such weights, which is refused (test_weights)")
     patched = lora_for(world[0])
     _, reference = our_gradients(make(world, "euler", model=patched))
     comfy.model_management.unload_all_models()
@@ -89,7 +92,7 @@ def test_partly_loaded_model_with_lora(world, monkeypatch):
     def partial(models, *args, **kwargs):
         for model in models:
             if model.model is world[0].model and model.model.model_loaded_weight_memory == 0:
-                model.patch_model(device_to=torch.device("cpu"), lowvram_model_memory=500_000)
+                model.patch_model(device_to=device, lowvram_model_memory=500_000)
 
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", partial)
     _, gradients = our_gradients(make(world, "euler", model=patched))
@@ -378,7 +381,7 @@ def test_batches_equal_their_parts(world):
     generator = make(world, "euler_ancestral")
     images, (noise, _) = our_gradients(generator, (7, 8))
     for index, seed in enumerate((7, 8)):
-        assert relative(images[index], stock(world, "euler_ancestral", seed=seed)[0]) < 1e-5
+        assert relative(images[index].cpu(), stock(world, "euler_ancestral", seed=seed)[0]) < 1e-5
     assert generator_module.ComfyGenerator is type(generator)
     assert noise.shape == (2, *generator.noise_shape)
     assert generator.sampling.cfg == CFG
@@ -398,7 +401,7 @@ def control_net(seed=4):
         **config, **heads, operations=comfy.ops.disable_weight_init, device="cpu", dtype=torch.float32
     )
     tiny.initialise(network, seed)
-    return comfy.controlnet.ControlNet(network.eval())
+    return comfy.controlnet.ControlNet(network.eval(), load_device=comfy.model_management.get_torch_device())
 
 
 def test_control_net(world):

@@ -1,0 +1,146 @@
+"""The engine on a device that is not the CPU: the same results, and no tensor on the wrong device.
+
+    python -m pytest tests/second_device
+
+Not among the tests that run by themselves: the first start compiles, and the device stays in the process.
+"""
+
+import pytest
+import torch
+
+from ipgo_engine import (
+    JointConfig,
+    NoiseConfig,
+    OptimizeConfig,
+    TokenConfig,
+    demo,
+    optimize_jointly,
+    optimize_noise,
+    rewards,
+    train_tokens,
+)
+from ipgo_engine.generators.diffusers import DiffusersGenerator
+from ipgo_engine.generators.samplers import SAMPLERS
+from tests import second_device
+from tests.engine.rewards.test_models import MAKERS, batch, root  # noqa: F401  root is a fixture
+from tests.engine.rewards.tiny import PROMPTS
+
+pytestmark = pytest.mark.skipif(second_device.MISSING is not None, reason=str(second_device.MISSING))
+PROMPT = ["red heart"]
+
+
+@pytest.fixture(scope="module")
+def device():
+    return second_device.start()
+
+
+@pytest.fixture(scope="module")
+def places(device):
+    """(device, pipeline, target, held-out reward), here and there."""
+    return [
+        (where, demo.load_pipeline(device=where), *(rewards.load(name, None, where) for name in DEMO_REWARDS))
+        for where in ("cpu", device)
+    ]
+
+
+DEMO_REWARDS = ("demo-clip", "demo-judge")
+
+
+def generator_of(pipeline, **options):
+    return DiffusersGenerator(pipeline, **{"steps": 3, "width": 64, "height": 64, **options})
+
+
+def tokens(**changes):
+    return lambda generator, reward, judge, **options: train_tokens(
+        generator, reward, PROMPT, OptimizeConfig(**{"epochs": 2, "learning_rate": 0.02} | changes), **options
+    )
+
+
+def noise(**changes):
+    return lambda generator, reward, judge, **options: optimize_noise(
+        generator, reward, PROMPT, NoiseConfig(**{"iterations": 2, "learning_rate": 0.05} | changes), **options
+    )
+
+
+def black_box(run):
+    return lambda generator, reward, judge, **options: run(generator, rewards.load("jpeg"), judge, **options)
+
+
+def surrounded(wrap, run):
+    return lambda generator, reward, judge, **options: run(generator, wrap(reward), judge, **options)
+
+
+RUNS = {
+    "tokens": tokens(),
+    "tokens, stored": tokens(checkpoint=False),
+    "tokens, last step": tokens(backprop_steps=1),
+    "tokens, two seeds": tokens(seeds=(0, 1), batch_size=1),
+    "tokens, bayesian": tokens(gradient="bayesian", tokens=TokenConfig(basis_size=4, prefix_length=2, suffix_length=2)),
+    "plain tokens": tokens(tokens=TokenConfig(low_rank=False)),
+    "released code": tokens(tokens=TokenConfig.preset("released-code", basis_size=5)),
+    "noise": noise(),
+    "noise, stored": noise(checkpoint=False),
+    "noise, micro-batches": noise(micro_batch=1),
+    "both": lambda generator, reward, judge, **options: optimize_jointly(
+        generator, reward, PROMPT, JointConfig(noise=NoiseConfig(iterations=2)), **options
+    ),
+    "sum": surrounded(lambda reward: rewards.Weighted([(reward, 1.0), (rewards.load("contrast"), 0.1)]), tokens()),
+    "robust": surrounded(rewards.Robust, noise()),
+    **{name: black_box(noise(gradient=name)) for name in ("zeroth-order", "hybrid-image", "hybrid-noise")},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_the_same(places, name):
+    found = []
+    for _, pipeline, target, judge in places:
+        found.append(RUNS[name](generator_of(pipeline), target, judge, monitors=[judge]))
+    here, there = found
+    assert there.image.device == there.rewards.device == torch.device("cpu")
+    assert there.stopped == "finished"
+    torch.testing.assert_close(there.start_image, here.start_image, rtol=0, atol=1e-3)
+    # The rounding of the first gradient doubles with every update, so that only the first two steps are compared.
+    for event, other in zip(here.history[:2], there.history[:2], strict=True):
+        assert other.reward == pytest.approx(event.reward, rel=5e-3, abs=1e-3)
+
+
+def test_a_run_goes_on_where_it_was_stopped(places, tmp_path):
+    _, pipeline, target, judge = places[1]
+    whole = tokens(epochs=4)(generator_of(pipeline), target, judge)
+    state = tmp_path / "state.safetensors"
+    tokens(epochs=2)(generator_of(pipeline), target, judge, state_file=state)
+    resumed = tokens(epochs=4)(generator_of(pipeline), target, judge, state_file=state, resume=True)
+    torch.testing.assert_close(resumed.rewards, whole.rewards)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_draws_the_same(places, sampler):
+    pictures = []
+    for _, pipeline, *_ in places:
+        generator = generator_of(pipeline, sampler=sampler)
+        with torch.no_grad():
+            pictures.append(generator.generate(generator.encode(PROMPT), generator.draw_noise([1])).cpu())
+    torch.testing.assert_close(*pictures, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(places, dtype):
+    where, _, target, judge = places[1]
+    generator = generator_of(demo.load_pipeline(dtype=dtype, device=where), steps=2)
+    for run in (tokens(epochs=1), noise(iterations=1)):
+        assert run(generator, target, judge).stopped == "finished"
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_rewards_and_their_gradients_are_the_same(root, device, name):  # noqa: F811
+    found = []
+    for wrap, where in ((lambda r: r, "cpu"), (lambda r: r, device), (rewards.Offloaded, "cpu")):
+        reward = wrap(MAKERS[name](root, device=where))
+        images = batch().to("cpu" if where == "cpu" and wrap is not rewards.Offloaded else device).requires_grad_()
+        scores = reward.score(images, PROMPTS)
+        (gradient,) = torch.autograd.grad(scores.sum(), images)
+        assert gradient.device == images.device
+        found.append((scores.detach().cpu(), gradient.cpu()))
+    for scores, gradient in found[1:]:  # there, and resting here between visits there
+        torch.testing.assert_close(scores, found[0][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradient, found[0][1], rtol=1e-3, atol=1e-6)
