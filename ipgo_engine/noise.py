@@ -97,14 +97,23 @@ def affine_orders(values: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def order_indices(steps: Tensor, starts: Tensor, values: int) -> Tensor:
-    """The permutations themselves, (len(steps), n), int32."""
+    """The permutations themselves, (len(steps), n), int32: places in `twice(z)`.
+
+    There every value but the last stands twice, so that no sum has to be taken modulo n - 1: that took longer than all
+    the rest together.
+    """
     modulus = values - 1
     table = steps[:, None] * torch.arange(_ROW, device=steps.device) % modulus
-    heads = (steps * _ROW % modulus)[:, None] * torch.arange(-(-modulus // _ROW), device=steps.device)
+    heads = (steps * _ROW % modulus)[:, None] * torch.arange(-(-values // _ROW), device=steps.device)
     heads = (heads + starts[:, None]) % modulus
-    order = heads.int()[:, :, None] + table.int()[:, None, :]
-    order = torch.where(order >= modulus, order - modulus, order).flatten(1)[:, :modulus]
-    return torch.nn.functional.pad(order, (0, 1), value=modulus)
+    order = (heads.int()[:, :, None] + table.int()[:, None, :]).flatten(1)[:, :values]
+    order[:, modulus] = 2 * modulus
+    return order
+
+
+def twice(z: Tensor) -> Tensor:
+    """(B, 2 n - 1): z without its last value, then z."""
+    return torch.cat([z[:, :-1], z], dim=1)
 
 
 class _Measure(torch.autograd.Function):
@@ -113,14 +122,15 @@ class _Measure(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, block: int, steps: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         want = ctx.needs_input_grad[0]
-        log1, log2, gradient = _bounds(z, None, block, want)
+        log1, log2, gradient = _bounds(z, z, None, block, want)
         total, lowest = (log1 + log2)[:, 0], torch.minimum(log1, log2)[:, 0]
         if len(steps):
             total, weight = total / 2, 0.5 / len(steps)
             gradient = gradient / 2
             room = 1 << (18 if z.device.type == "cpu" else 24)  # what fits into a cache, or keeps a GPU busy
+            source = twice(z)
             for a, c in zip(*(t.split(max(1, room // z.numel())) for t in (steps, starts)), strict=True):
-                log1, log2, slope = _bounds(z, order_indices(a, c, z.shape[1]), block, want)
+                log1, log2, slope = _bounds(z, source, order_indices(a, c, z.shape[1]), block, want)
                 total = total + weight * (log1 + log2).sum(1)
                 lowest = torch.minimum(lowest, torch.minimum(log1, log2).amin(1))
                 gradient = gradient + weight * slope
@@ -136,15 +146,17 @@ class _Measure(torch.autograd.Function):
         return (grads[0][:, None] * gradient).expand(ctx.shape), None, None, None
 
 
-def _bounds(z: Tensor, orders: Tensor | None, block: int, with_slope: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _bounds(
+    z: Tensor, source: Tensor, orders: Tensor | None, block: int, with_slope: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """log p1 and log p2 (eqs. 6, 7) of z (B, n) under P permutations, (B, P) each, and the gradient of their sum.
 
-    z is cut into m blocks of k = `block`; a remainder shorter than a block is left out. The gradient is (B, n), or a
-    scalar zero where it vanishes: typical noise is free.
+    The permutations are places in `source`, or None for z as it is. z is cut into m blocks of k = `block`; a remainder
+    shorter than a block is left out. The gradient is (B, n), or a scalar zero where it vanishes: typical noise is free.
     """
     rows, count = z.shape[0], z.shape[1] // block
-    used = None if orders is None else orders[:, : count * block].flatten()
-    chosen = z[:, : count * block] if used is None else z.index_select(1, used)
+    places = None if orders is None else orders[:, : count * block]
+    chosen = z[:, : count * block] if places is None else source.index_select(1, places.flatten())
     blocks = chosen.view(rows, -1, count, block)
     mean = blocks.mean(dim=2)
     log1 = (LOG2 - count * mean.square().sum(-1) / (2 * block)).clamp_max(0)
@@ -154,16 +166,19 @@ def _bounds(z: Tensor, orders: Tensor | None, block: int, with_slope: bool) -> t
     m2, top = spectrum.abs().max(dim=-1)
     excess = ((1 + m2).sqrt() - 1 - math.sqrt(block / count)).clamp_min(0)
     log2 = (LOG2 - count / 2 * excess.square()).clamp_max(0)
-    active1, active2 = log1 < 0, log2 < 0
-    if not with_slope or not bool((active1 | active2).any()):
+    hot = ((log1 < 0) | (log2 < 0)).any(0)  # the permutations that have a gradient: of typical noise a few
+    if not with_slope or not bool(hot.any()):
         return log1, log2, z.new_zeros(())
     # d log p1 / d z_i = -mean / k;  d log p2 / d z_i = -sign excess / sqrt(1 + M2) (u . z_i) u, u the top eigenvector
     u = vectors.gather(-1, top[..., None, None].expand(*top.shape, block, 1))
     sign = spectrum.gather(-1, top[..., None])[..., 0].sign()
-    slope1 = (active1 / -block)[..., None, None] * mean[:, :, None, :]
-    slope2 = (active2 * sign * excess / -(1 + m2).sqrt())[..., None, None] * u.transpose(2, 3)
-    slope = (slope1 + (blocks @ u) * slope2).view(rows, -1)
-    if used is None:
+    slope1 = ((log1 < 0) / -block)[..., None, None] * mean[:, :, None, :]
+    slope2 = ((log2 < 0) * sign * excess / -(1 + m2).sqrt())[..., None, None] * u.transpose(2, 3)
+    if places is None:
+        slope = (slope1 + (blocks @ u) * slope2).view(rows, -1)
         return log1, log2, torch.nn.functional.pad(slope, (0, z.shape[1] - slope.shape[1]))
+    slope = (slope1[:, hot] + (blocks[:, hot] @ u[:, hot]) * slope2[:, hot]).view(rows, -1)
+    places, modulus = places[hot].flatten(), z.shape[1] - 1
+    places = torch.where(places < modulus, places, places - modulus).long()
     # Not index_add_: it takes 17 times as long on a CPU.
-    return log1, log2, torch.zeros_like(z).scatter_add_(1, used.long().expand(rows, -1), slope)
+    return log1, log2, torch.zeros_like(z).scatter_add_(1, places.expand(rows, -1), slope)

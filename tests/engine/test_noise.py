@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ipgo_engine import InputError, NoiseRegularizer
-from ipgo_engine.noise import CHANNEL_DIM, affine_orders, choose_block_size, order_indices
+from ipgo_engine.noise import CHANNEL_DIM, affine_orders, choose_block_size, order_indices, twice
 from tests.engine import reference
 
 LOG2 = math.log(2)
@@ -23,7 +23,12 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
 def orders(values: int, count: int, seed: int = 0) -> list[np.ndarray]:
     """The permutations the regularizer looks at: as it lies, then shuffled ones."""
     steps, starts = affine_orders(values, count - 1, seed)
-    return [np.arange(values), *order_indices(steps, starts, values).numpy()]
+    return [np.arange(values), *permutations(steps, starts, values).numpy()]
+
+
+def permutations(steps: torch.Tensor, starts: torch.Tensor, values: int) -> torch.Tensor:
+    """What the places in `twice(z)` are in z."""
+    return twice(torch.arange(values)[None])[0][order_indices(steps, starts, values).long()]
 
 
 def weights(count: int) -> list[float]:
@@ -37,7 +42,7 @@ def weights(count: int) -> list[float]:
 @pytest.mark.parametrize("values", [16, 17, 100, 1023, 1024, 1025, 1026, 2049, 5000])
 def test_every_order_is_a_permutation_by_the_affine_formula(values):
     steps, starts = affine_orders(values, 20, seed=3)
-    found = order_indices(steps, starts, values).long()
+    found = permutations(steps, starts, values)
     assert found.shape == (20, values)
     for row, a, c in zip(found.tolist(), steps.tolist(), starts.tolist(), strict=True):
         assert sorted(row) == list(range(values))
@@ -47,7 +52,7 @@ def test_every_order_is_a_permutation_by_the_affine_formula(values):
 def test_large_orders_do_not_overflow():
     values = 51 * 4 * 128 * 128  # 51 noises of SDXL
     steps, starts = affine_orders(values, 2, seed=0)
-    found = order_indices(steps, starts, values)
+    found = permutations(steps, starts, values)
     i = np.array([1, 1023, 1024, 123_456, values - 3, values - 2], dtype=object)
     for row, a, c in zip(found, steps.tolist(), starts.tolist(), strict=True):
         assert row[i.astype(np.int64)].tolist() == list((a * i + c) % (values - 1))
