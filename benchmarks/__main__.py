@@ -53,9 +53,10 @@ def demo_commands(quick: bool) -> list[Command]:
     )
     claims = f"{tokens} {noise} {size}"
     token_questions = "rotation plain" if quick else (
-        "plain rotation category batch backprop preset one-word basis lengths rate scale seeds over-parameterized"
+        "plain rotation category batch backprop preset one-word basis lengths rate scale seeds"
     )  # fmt: skip
-    noise_questions = "regularizer" if quick else "regularizer black-box which mu block permutations"
+    noise_questions = "regularizer" if quick else "regularizer which mu block permutations"
+    costly = "black-box" if quick else "black-box over-parameterized"
     lengths = f"--list {shlex.quote(str(LENGTHS))} --prompts 30 --question short-prompts medium-prompts long-prompts"
     if quick:
         lengths = f"--list {shlex.quote(str(LENGTHS))} --question short-prompts"
@@ -65,6 +66,7 @@ def demo_commands(quick: bool) -> list[Command]:
         Command("claims", "claims", f"--epochs {2 if quick else 4} {claims} --question {token_questions}", shared=True),
         Command("claims", "claims", f"--epochs {least} {claims} --question {noise_questions}", shared=True),
         Command("claims", "claims", f"--epochs {2 if quick else 4} {claims} {lengths}", shared=True),
+        Command("claims", "claims", f"--epochs {least} {tokens} {noise} {small} --question {costly}", shared=True),
         Command("claims", "claims", f"{size} --question degenerate"),
         Command("whiteness", "whiteness", f"--learning-rate 0.05 --backprop 3 --iterations {longest}", own_list=True),
         Command("cheaper", "cheaper_updates", f"--learning-rate 0.02 --epochs {updates} {small}"),
