@@ -89,9 +89,13 @@ def test_partly_loaded_model_with_lora(world, monkeypatch):
     _, reference = our_gradients(make(world, "euler", model=patched))
     comfy.model_management.unload_all_models()
 
+    whole = comfy.model_management.load_models_gpu
+
     def partial(models, *args, **kwargs):
         for model in models:
-            if model.model is world[0].model and model.model.model_loaded_weight_memory == 0:
+            if model.model is not world[0].model:
+                whole([model], *args, **kwargs)
+            elif model.model.model_loaded_weight_memory == 0:
                 model.patch_model(device_to=device, lowvram_model_memory=500_000)
 
     monkeypatch.setattr(comfy.model_management, "load_models_gpu", partial)
