@@ -174,10 +174,9 @@ def _bounds(
     sign = spectrum.gather(-1, top[..., None])[..., 0].sign()
     slope1 = ((log1 < 0) / -block)[..., None, None] * mean[:, :, None, :]
     slope2 = ((log2 < 0) * sign * excess / -(1 + m2).sqrt())[..., None, None] * u.transpose(2, 3)
-    if places is None:
-        slope = (slope1 + (blocks @ u) * slope2).view(rows, -1)
-        return log1, log2, torch.nn.functional.pad(slope, (0, z.shape[1] - slope.shape[1]))
     slope = (slope1[:, hot] + (blocks[:, hot] @ u[:, hot]) * slope2[:, hot]).view(rows, -1)
+    if places is None:
+        return log1, log2, torch.nn.functional.pad(slope, (0, z.shape[1] - slope.shape[1]))
     places, modulus = places[hot].flatten(), z.shape[1] - 1
     places = torch.where(places < modulus, places, places - modulus).long()
     # Not index_add_: it takes 17 times as long on a CPU.
