@@ -29,8 +29,11 @@ else:
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds; run with --slow")
     if FOUND and config.getoption("--second-device"):
+        import pytest
         import second_device
 
+        if second_device.MISSING:
+            raise pytest.UsageError(f"--second-device {second_device.MISSING}")
         host.compute_on(second_device.start())
     for noise in ("ignore::UserWarning:torchsde", "ignore::UserWarning:comfy", "ignore::DeprecationWarning"):
         config.addinivalue_line("filterwarnings", noise)
