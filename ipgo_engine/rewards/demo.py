@@ -63,10 +63,9 @@ def load_demo(name: str, device: str | torch.device | None, dtype: torch.dtype |
     from .. import demo
 
     try:
-        with torch.inference_mode(False):  # a host may load inside inference mode
-            model, tokenizer = demo.load_clip()
-            model = model.to(device=device, dtype=dtype)
-            tower = demo.load_judge().to(device=device, dtype=dtype) if name == "demo-judge" else None
+        model, tokenizer = demo.load_clip()
+        model = model.to(device=device, dtype=dtype)
+        tower = demo.load_judge().to(device=device, dtype=dtype) if name == "demo-judge" else None
     except (OSError, KeyError) as error:
         raise InputError(f"reward {name!r} needs the embedded demo model, which is not complete: {error}.") from error
     texts = _backbone(model, tokenizer)

@@ -134,12 +134,11 @@ def fill_module(
 
     Every parameter must be there with the right shape and nothing may be left over; else `InputError`.
     """
-    with torch.inference_mode(False):  # a host may load inside inference mode; its tensors could never carry gradients
-        expected = module.state_dict()
-        _check_names_and_shapes(expected, weights, what)
-        ready = {name: weights[name].to(device=device, dtype=dtype or torch.float32) for name in expected}
-        module.load_state_dict(ready, strict=True, assign=True)
-        _fill_constants(module, device)
+    expected = module.state_dict()
+    _check_names_and_shapes(expected, weights, what)
+    ready = {name: weights[name].to(device=device, dtype=dtype or torch.float32) for name in expected}
+    module.load_state_dict(ready, strict=True, assign=True)
+    _fill_constants(module, device)
     module.requires_grad_(False)
     return module.train(False)
 

@@ -86,6 +86,7 @@ NAMES = (*SIMPLE, *DEMO, *MODELS, "judge")
 """Every name `load` knows."""
 
 
+@torch.inference_mode(False)  # a host may load inside inference mode; such tensors could never carry gradients
 def load(
     name: str,
     path: Place | Mapping[str, Place] | None = None,

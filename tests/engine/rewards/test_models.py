@@ -106,6 +106,23 @@ def test_half_precision(root, models, name, dtype):
 
 
 @pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+def test_loaded_inside_inference_mode(root, monkeypatch, name, dtype):
+    """ComfyUI runs every node there. Weights whose precision stays as it is in the file are not copied on the way."""
+    for version in ("hpsv2", "hpsv2.1"):
+        small = MAKERS[version]
+        monkeypatch.setitem(loading.MODELS, version, lambda _, device, dtype, f=small: f(root, dtype=dtype))
+    x = batch().requires_grad_()
+    places = {"clip": root / loading.CLIP_L_FOLDER, "hpsv2.1": root / "hpsv2"}
+    with torch.inference_mode():
+        reward = rewards.load(name, places.get(name, root / name), "cpu", dtype)
+        reward.score(batch(), tiny.PROMPTS)
+    (gradient,) = torch.autograd.grad(reward.score(x, tiny.PROMPTS).sum(), x)
+    assert gradient.abs().sum() > 0
+    assert not any(tensor.is_inference() for tensor in reward.module.state_dict().values())
+
+
+@pytest.mark.parametrize("name", MAKERS)
 def test_out_of_range_and_long_prompts(models, name):
     reward, beyond = models[name], batch().mul(2).sub(0.5).requires_grad_()
     scores = reward.score(beyond, tiny.PROMPTS)
