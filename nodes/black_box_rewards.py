@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -179,11 +180,22 @@ def check_destination(url: str) -> None:
 
 def _is_near(host: str) -> bool:
     """This machine, or a private network; a name without a dot is one of the latter."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
+    address = _number_of(host)
+    if address is None:
         return "." not in host or host.endswith((".localhost", ".local"))
     return address.is_loopback or (address.is_private and not address.is_link_local)
+
+
+def _number_of(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The address that a host is written as, None for a name. 134744072 and 0x08080808 are addresses, too."""
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        pass
+    try:
+        return ipaddress.IPv4Address(socket.inet_aton(host))
+    except OSError:
+        return None
 
 
 class IPGORobustReward(io.ComfyNode):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import shutil
 import time
 
 import pytest
-from comfyui_server import Graph, Server
+import torch
+from comfyui_server import ROOT, Graph, Server
 
 SMALL = {"steps": 3, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"}
 PROMPT = "red heart"
@@ -290,6 +293,36 @@ def test_black_box_reward(server):
     graph = Demo(server.info)
     run = graph.optimize("jpeg", reward=(graph.add("IPGOJpegReward"), 0), perturbations=2, iterations=1)
     assert "jpeg" in finished(server, graph_with(graph, run, NOISE["report"])).text(graph.last)
+
+
+def test_reward_models_are_read_and_followed(server):
+    """Small files in the authors' layouts, in the precision they are stored in."""
+    spec = importlib.util.spec_from_file_location("reward_files", ROOT / "tests" / "engine" / "rewards" / "tiny.py")
+    tiny = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tiny)
+    root = server.base / "models" / "rewards"
+    for name in ("clip-vit-large-patch14", "aesthetic", "pickscore", "imagereward"):
+        (root / name).mkdir(parents=True)
+    tiny.transformers_clip(root / "clip-vit-large-patch14", projection=768)
+    tiny.transformers_clip(root / "pickscore", processor=False, projection=1024)
+    tiny.save_imagereward(root / "imagereward")
+    head = tiny.AuthorsHead(768)
+    head.load_state_dict(tiny.fill(head.state_dict()))
+    torch.save(head.state_dict(), root / "aesthetic" / "sac+logos+ava1-l14-linearMSE.pth")
+    graph = Demo(server.info)
+    loaders = {
+        "IPGOClipReward": "clip-vit-large-patch14",
+        "IPGOAestheticReward": "aesthetic",
+        "IPGOPickScoreReward": "pickscore",
+        "IPGOImageReward": "imagereward",
+    }
+    places = {f"reward_{i}": (graph.add(n, weights=w), 0) for i, (n, w) in enumerate(loaders.items(), start=1)}
+    both = graph.add("IPGOCombineRewards", **places, **{f"weight_{i}": 1.0 for i in range(1, 5)})
+    train = graph.train("reward models", reward=(both, 0), epochs=1)
+    try:
+        assert "reward" in finished(server, graph_with(graph, train, REPORT)).text(graph.last)
+    finally:
+        shutil.rmtree(root)
 
 
 def test_rank_and_combine(server):
