@@ -37,7 +37,7 @@ class IPGOBrightnessReward(io.ComfyNode):
                     "direction", options=["brightness", "darkness"], default="brightness", tooltip="What scores high."
                 )
             ],
-            outputs=[reward_output("Mean brightness, or minus it.")],
+            outputs=[reward_output("Mean brightness, 0 to 1, or 1 minus it.")],
             **newer(search_aliases=["darkness", "exposure"]),
         )
 

@@ -126,7 +126,7 @@ class IPGOAestheticReward(io.ComfyNode):
             description="How beautiful people would find the image, whatever the prompt (LAION aesthetic "
             f"predictor). Needs its head and CLIP ViT-L/14 in models/rewards. {RESTS}",
             inputs=[weights_input("aesthetic"), precision_input()],
-            outputs=[reward_output("About 1 to 10; ordinary images score 4.5 to 6.5.")],
+            outputs=[reward_output("About 1 to 10; ordinary images score 4 to 6.5.")],
             **newer(search_aliases=["laion", "beauty score"]),
         )
 

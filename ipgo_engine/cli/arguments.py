@@ -76,7 +76,7 @@ def _train_options(parser: Any) -> None:
     from .runs import run_train
 
     _add_run(parser)
-    _add_mode(parser)
+    _add_token_run(parser)
     settings.add_options(settings.add_tokens(parser), "train_", OptimizeConfig, settings.TRAIN)
     settings.add_loop(parser)
     parser.set_defaults(run=run_train)
@@ -94,7 +94,7 @@ def _joint_options(parser: Any) -> None:
     from .runs import run_joint
 
     _add_run(parser)
-    _add_mode(parser)
+    _add_token_run(parser)
     settings.add_options(settings.add_tokens(parser), "joint_", OptimizeConfig, settings.JOINT_TOKENS)
     settings.add_noise(parser)
     parser.set_defaults(run=run_joint)
@@ -124,7 +124,7 @@ def _score_options(parser: Any) -> None:
     parser.add_argument("--top", type=int, default=25, help="how many pictures the contact sheet shows (default: 25)")
     _add_rewards(parser)
     _add_output(parser, resume=False)
-    _add_machine(parser)
+    _add_machine(parser, model=False)
     parser.set_defaults(run=run)
 
 
@@ -139,7 +139,7 @@ def _download_options(parser: Any) -> None:
         help="the folder of all weights, such as ComfyUI's models/rewards (default: models/rewards)",
     )
     parser.add_argument("--yes", action="store_true", help="agree to sizes and licences without being asked")
-    parser.add_argument("--host", metavar="URL", help="a mirror with the same paths as the addresses of the table")
+    parser.add_argument("--host", metavar="URL", help="a mirror of the hub, with the same paths")
     parser.set_defaults(run=run)
 
 
@@ -165,15 +165,7 @@ def _add_run(parser: Any) -> None:
     _add_rewards(parser)
     _add_output(parser, resume=True)
     _add_machine(parser)
-    group = parser.add_argument_group("comparison")
-    group.add_argument(
-        "--fresh-seeds",
-        type=_at_least(0),
-        default=1,
-        metavar="N",
-        help="seeds not trained on that tokens are tried with (default: 1)",
-    )
-    group.add_argument(
+    parser.add_argument(
         "--best-of-n",
         nargs="?",
         type=_at_least(1),
@@ -190,12 +182,21 @@ def _add_prompts(parser: Any) -> None:
     )
 
 
-def _add_mode(parser: Any) -> None:
+def _add_token_run(parser: Any) -> None:
+    """What train and joint share."""
+    parser.add_argument(
+        "--fresh-seeds",
+        type=_at_least(0),
+        default=1,
+        metavar="N",
+        help="seeds not trained on that tokens are tried with (default: 1)",
+    )
     parser.add_argument(
         "--mode",
         choices=("prompt-wise", "batch"),
         default="prompt-wise",
-        help="one set of tokens per prompt, or one that all prompts share (default: prompt-wise)",
+        help="one set of tokens per prompt, or one that all prompts share, with other defaults: --epochs 20, "
+        "--batch-size 4 and no decay, or the released code's (default: prompt-wise)",
     )
 
 
@@ -229,7 +230,14 @@ def _add_rewards(parser: Any) -> None:
         default=[],
         metavar="NAME=PATH",
         help="file or folder of a reward's weights, aesthetic:head=PATH and aesthetic:clip=PATH for its two parts; the "
-        "address of a judge, which pictures are then sent to",
+        "address of a judge, which pictures are then sent to, judge:url=, judge:model=, judge:max_calls= and so on for "
+        "its settings",
+    )
+    group.add_argument(
+        "--reward-dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="of the rewards' weights; half of the memory at half precision (default: float32)",
     )
     group.add_argument(
         "--monitor", action="append", default=[], metavar="NAME", help="held-out reward: measured, not optimized"
@@ -245,11 +253,15 @@ def _add_output(parser: Any, *, resume: bool) -> None:
         group.add_argument("--resume", action="store_true", help="go on with the run in --out")
 
 
-def _add_machine(parser: Any) -> None:
+def _add_machine(parser: Any, *, model: bool = True) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of the weights (default: float32)")
-    group.add_argument(
-        "--autocast", choices=("none", "bfloat16", "float16"), help="compute UNet and VAE in this type (default: none)"
-    )
+    if model:
+        kinds = ("float32", "float16", "bfloat16")
+        group.add_argument("--dtype", choices=kinds, help="of the model's weights (default: float32)")
+        group.add_argument(
+            "--autocast",
+            choices=("none", "bfloat16", "float16"),
+            help="compute UNet and VAE in this type (default: none)",
+        )
     group.add_argument("--threads", type=int, default=None, metavar="N", help="CPU threads")

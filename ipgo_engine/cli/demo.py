@@ -73,7 +73,7 @@ class Demo:
     settings: dict[str, Any]
     generator: Generator
     target: Reward
-    judge: Reward | None
+    judge: Reward
     interrupt: Interrupt
     folder: ResultsFolder
     configs: dict[str, Any] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class Demo:
     @property
     def monitors(self) -> list[Reward]:
         """The held-out reward."""
-        return [] if self.judge is None else [self.judge]
+        return [self.judge]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -132,7 +132,7 @@ def _prepare(arguments: argparse.Namespace) -> tuple[Demo, dict[str, Any]]:
     }
     models.check_precision(settings["dtype"], settings["autocast"])
     generator = models.make_generator(settings, device, interrupt)
-    target, judge = load_demo_rewards(device)
+    target, judge = load("demo-clip", None, device), load("demo-judge", None, device)
     record: dict[str, Any] = {
         "command": "demo",
         "plan": asdict(plan),
@@ -145,15 +145,6 @@ def _prepare(arguments: argparse.Namespace) -> tuple[Demo, dict[str, Any]]:
         "stopped": "running",
     }
     return Demo(plan, arguments.seed, settings, generator, target, judge, interrupt, folder), record
-
-
-def load_demo_rewards(device: Any) -> tuple[Reward, Reward | None]:
-    """The small CLIP, and the judge that was trained apart from it."""
-    target = load("demo-clip", None, device)
-    try:
-        return target, load("demo-judge", None, device)
-    except (InputError, AttributeError):
-        return target, None
 
 
 # -- the steps --------------------------------------------------------------------------------------------------------
@@ -308,10 +299,9 @@ def _score(demo: Demo, trial: Trial) -> None:
     columns = {
         "raw": rate(trial.reward, trial.before, trial.prompts, device),
         "best": rate(trial.reward, trial.after, trial.prompts, device),
+        "held-out raw": rate(demo.judge, trial.before, trial.prompts, device),
+        "held-out best": rate(demo.judge, trial.after, trial.prompts, device),
     }
-    if demo.judge is not None:
-        columns["held-out raw"] = rate(demo.judge, trial.before, trial.prompts, device)
-        columns["held-out best"] = rate(demo.judge, trial.after, trial.prompts, device)
     for i, prompt in enumerate(trial.prompts):
         numbers = {name: values[i] for name, values in columns.items()}
         trial.records.append({"method": trial.title, "reward": trial.reward.name, "prompt": prompt, **numbers})

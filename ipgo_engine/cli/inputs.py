@@ -89,6 +89,8 @@ class Rewards:
 
 def load_rewards(arguments: argparse.Namespace, device: Any) -> Rewards:
     """The rewards of --reward, --reward-path and --monitor; the demo model brings its own CLIP."""
+    import torch
+
     wanted = [_weighted(text) for text in arguments.reward]
     if not wanted:
         if getattr(arguments, "model", None) not in ("demo", None):
@@ -99,11 +101,13 @@ def load_rewards(arguments: argparse.Namespace, device: Any) -> Rewards:
     for name in names + arguments.monitor:
         if (names + arguments.monitor).count(name) > 1:
             raise InputError(f"reward {name!r} is given more than once: what is optimized cannot also be held out.")
-    parts = [(load(name, paths.get(name), device), weight) for name, weight in wanted]
-    monitors = [load(name, paths.get(name), device) for name in arguments.monitor]
+    dtype = getattr(torch, arguments.reward_dtype)
+    parts = [(load(name, paths.get(name), device, dtype), weight) for name, weight in wanted]
+    monitors = [load(name, paths.get(name), device, dtype) for name in arguments.monitor]
     single = len(parts) == 1 and parts[0][1] == 1.0
     target = parts[0][0] if single else Weighted(parts)
     asked = {"reward": dict(wanted), "monitor": list(arguments.monitor), "reward_path": paths}
+    asked["reward_dtype"] = arguments.reward_dtype
     return Rewards(target, parts, monitors, asked)
 
 
@@ -130,7 +134,7 @@ def _paths(texts: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
             raise InputError(f"--reward-path {text}: write NAME=PATH, or NAME:PART=PATH for a reward made of parts.")
         if name not in names:
             raise InputError(f"--reward-path {text}: {name!r} is neither a --reward nor a --monitor.")
-        if name != "judge" and not Path(path).exists():  # a judge has an address
+        if name != "judge" and not Path(path).expanduser().exists():  # a judge has an address
             raise InputError(f"--reward-path {text}: {path} does not exist.")
         if part:
             paths.setdefault(name, {})

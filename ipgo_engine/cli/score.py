@@ -38,7 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         for record in _score(files, prompts, rewards, device):
             records.append(record)
-    finally:  # whatever ends it, what was scored is kept
+    finally:  # whatever ends it, what was scored is kept, and what was not is named
+        rest = zip(files[len(records) :], prompts[len(records) :], strict=True)
+        records += [{"file": str(file), "prompt": prompt, "score": math.nan} for file, prompt in rest]
         if any(math.isfinite(record["score"]) for record in records):
             seconds = time.time() - started
             _write(folder, records, rewards, {"device": str(device), "seconds": seconds}, arguments.top)
@@ -64,7 +66,9 @@ def _write(
         save_image(folder / "contact-sheet.png", contact_sheet(tiles, title=f"best by {rewards.target.name}"))
         write_json(folder / RUN_FILE, record)
     print(plain_table([record | {"file": _end_of(record["file"])} for record in top]))
-    print(f"\nAll {len(ranked)}: {folder / 'scores.csv'}; the best in pictures: {folder / 'contact-sheet.png'}")
+    count = sum(math.isfinite(row["score"]) for row in ranked)
+    where = f"{folder / 'scores.csv'}; the best in pictures: {folder / 'contact-sheet.png'}"
+    print(f"\n{count} of {len(ranked)} scored: {where}")
 
 
 def _end_of(path: str, longest: int = 32) -> str:

@@ -20,6 +20,8 @@ class Option(NamedTuple):
     flag: str | None = None
     none: str | None = None
     """The word that stands for None, where None is allowed."""
+    default: str | None = None
+    """What the command line starts from, where that is not the engine's default."""
 
     def parse(self, text: str) -> Any:
         """The value that was typed."""
@@ -49,7 +51,7 @@ LOOP = {
     "gradient": Option("how the reward's gradient is found", str, tuple(GRADIENTS)),
     "perturbations": Option("samples of one estimated gradient", int),
     "perturbation_scale": Option("size of a perturbation"),
-    "micro_batch": Option("images generated at once (command line default: 4)", int, none="all"),
+    "micro_batch": Option("images generated at once", int, none="all", default="4"),
     "monitor_every": Option("steps between measurements of the held-out rewards", int),
     "patience": Option("stop after so many measurements without a better held-out reward", int, none="none"),
     "seed": Option("random numbers of the method itself, not of the pictures", _method_seed, flag="--method-seed"),
@@ -99,8 +101,8 @@ def add_options(group: Any, prefix: str, owner: type, options: Mapping[str, Opti
 
 
 def _shown(value: Any, option: Option) -> str:
-    if value is None:
-        return option.none or "none"
+    if option.default or value is None:
+        return option.default or option.none or "none"
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
 
 
@@ -111,7 +113,7 @@ def _given(arguments: argparse.Namespace, prefix: str, options: Mapping[str, Opt
 
 def _loop(arguments: argparse.Namespace) -> dict[str, Any]:
     # All images at once would be the engine's default; a list of prompts would then fill the memory of any machine.
-    return {"micro_batch": 4} | _given(arguments, "loop_", LOOP)
+    return {"micro_batch": int(LOOP["micro_batch"].default or 1)} | _given(arguments, "loop_", LOOP)
 
 
 def token_config(arguments: argparse.Namespace) -> OptimizeConfig:

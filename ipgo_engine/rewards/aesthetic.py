@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,6 +33,8 @@ class Aesthetic:
         """A CLIP ViT-L/14 with OpenAI's weights, and the head from `load_head`."""
         self.backbone = backbone
         self.head = head
+        # The authors take OpenAI's own transform, which rounds an odd margin, not that of transformers.
+        self.preprocessing = replace(backbone.preprocessing, crop="round")
 
     @property
     def module(self) -> nn.Module:
@@ -41,7 +44,7 @@ class Aesthetic:
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (B,), unbounded, for images (B, 3, H, W) in [0, 1]."""
         check_inputs(images, prompts)
-        features = F.normalize(self.backbone.image_features(images), dim=-1)
+        features = F.normalize(self.backbone.image_features(images, self.preprocessing), dim=-1)
         device = next(self.head.parameters()).device
         return self.head(features.to(device)).squeeze(-1).to(images.device)
 

@@ -32,10 +32,16 @@ class ClipBackbone:
         image_tower: Callable[[Tensor], Tensor],
         text_tower: Callable[[Sequence[str]], Tensor] | None,
         preprocessing: Preprocessing,
+        logit_scale: float | None = None,
     ) -> None:
-        """The towers are functions of `module`, so that moving the module moves them."""
+        """The towers are functions of `module`, so that moving the module moves them.
+
+        `logit_scale` is the file's own, before any rounding (in bfloat16 its exponential is off by a hundredth); None
+        for a vision tower alone.
+        """
         self.module = module
         self.preprocessing = preprocessing
+        self.logit_scale = logit_scale
         self._image_tower = image_tower
         self._text_tower = text_tower
         self._texts: dict[str, Tensor] = {}

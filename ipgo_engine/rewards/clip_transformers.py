@@ -76,7 +76,8 @@ def build_clip(
         # Attention is causal and the pooled position is the first end token: padding behind it changes nothing.
         return module.text_projection(module.text_model(input_ids=tokens).pooler_output)
 
-    return ClipBackbone(module, image_tower, text_tower if tokenize else None, preprocessing)
+    scale = float(weights["logit_scale"]) if has_text(weights) else None
+    return ClipBackbone(module, image_tower, text_tower if tokenize else None, preprocessing, scale)
 
 
 def _config_from_file(path: Path) -> dict[str, Any]:

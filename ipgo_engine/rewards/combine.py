@@ -71,6 +71,7 @@ class Weighted:
         """The same sum with each part's mean and standard deviation measured on these images (two or more)."""
         if images.shape[0] < 2:
             raise InputError(f"calibration got {images.shape[0]} image(s): a spread needs two or more.")
+        self.begin_run()
         scales = [(float(scores.mean()), float(scores.std())) for _, scores in self.raw(images, prompts)]
         for (reward, _), (_, std) in zip(self.parts, scales, strict=True):
             if not std > 0:

@@ -37,7 +37,7 @@ def download(
     verified. `confirm` is asked in between; `Cancelled` is raised, and nothing fetched, when it says False. A file that
     is there and verified is not fetched again. A broken transfer leaves a `.part` file and the next call goes on from
     there; a file appears under its name only when it is whole, its sha256 is right and it can be read. Of a pickle only
-    its conversion to safetensors appears. `host` replaces the address of the table (a mirror). Raises `InputError` in
+    its conversion to safetensors appears. `host` replaces the hub's address (a mirror). Raises `InputError` in
     one sentence, also while another process downloads into `root`.
     """
     files, root = files_of(name), Path(root).expanduser()
@@ -45,7 +45,7 @@ def download(
         report(line)
     if confirm is not None and not confirm():
         raise Cancelled("nothing was fetched.")
-    complete = all(_present(item, root) for item in files)
+    complete = all(_present(item, root) or _is_somebody_elses(item, root) for item in files)
     with nullcontext() if complete else _alone(root):
         for item in files:
             with _disk(root):
@@ -58,7 +58,7 @@ def offer(name: str, root: str | Path, *, host: str | None = None) -> list[str]:
     """One line per file of reward `name`, with its size and licence; the server is asked for a size nobody knows."""
     lines, root = [], Path(root).expanduser()
     for item in files_of(name):
-        if _present(item, root) is not None:
+        if _present(item, root) is not None or _is_somebody_elses(item, root):
             shown = "there already"
         else:
             size = remembered(item, root).get("size") or offered_size(item, host)
@@ -114,6 +114,8 @@ def _fetch(item: WeightFile, root: Path, progress: Progress | None, host: str | 
     path, present = item.path(root), _present(item, root)
     if present is not None:
         return f"{present.name}: there already, sha256 {verify(item, root)}"
+    if _is_somebody_elses(item, root):
+        return f"{path.with_suffix('.safetensors').name}: there already, not from a download: kept and not verified"
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     expected = transfer(item, part, remembered(item, root), progress, host)
@@ -127,6 +129,12 @@ def _fetch(item: WeightFile, root: Path, progress: Progress | None, host: str | 
         discard(part)
         raise InputError(f"{item.file}: what the server sent is of no use and was removed: {error}") from error
     return _publish(item, root, part, found)
+
+
+def _is_somebody_elses(item: WeightFile, root: Path) -> bool:
+    """Whether the user has put the conversion of a pickle there: no download left a record of it."""
+    converted = item.path(root).with_suffix(".safetensors")
+    return item.path(root).suffix in _PICKLES and converted.exists() and not _record_path(item, root).exists()
 
 
 def _check(part: Path, suffix: str) -> None:
@@ -155,9 +163,9 @@ def _publish(item: WeightFile, root: Path, part: Path, found: str) -> str:
     how = "as in the table" if item.sha256 else "recorded; the table has none to compare with"
     done = f"{path.name}: {size:,} bytes, sha256 {found} ({how}); licence: {item.licence}"
     target = path.with_suffix(".safetensors")
-    converted = path.suffix in _PICKLES and not target.exists()
+    converted = path.suffix in _PICKLES
     if converted:
-        convert_to_safetensors(part, target)
+        convert_to_safetensors(part, target)  # over the conversion of another revision, if there is one
         record |= {"converted to": target.name, "converted sha256": _sha256(target)}
         done += f"; converted to {target.name}"
     if converted or not item.sha256 or not item.size:

@@ -178,19 +178,15 @@ def _fill_constants(module: nn.Module, device: str | torch.device | None) -> Non
             owner.register_buffer(name, value.to(device), persistent=False)
 
 
-def convert_to_safetensors(source: str | Path, target: str | Path | None = None) -> Path:
-    """Write the tensors of `source` as a .safetensors file (default: same name beside it) and return its path.
+def convert_to_safetensors(source: Path, target: Path) -> None:
+    """Write the tensors of `source` as the safetensors file `target`.
 
-    Written under another name and renamed when complete; an existing target is kept as it is. `InputError` when
-    `source` is refused or `target` cannot be written, a full disk for example.
+    Written under another name and renamed when complete. `InputError` when `source` is refused or `target` cannot be
+    written, a full disk for example.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    source = Path(source)
-    target = Path(target) if target is not None else source.with_suffix(".safetensors")
-    if target.exists():
-        return target
     weights = {name: tensor.contiguous().clone() for name, tensor in read_weights(source).items()}
     part = target.with_name(target.name + ".part")
     try:
@@ -200,4 +196,3 @@ def convert_to_safetensors(source: str | Path, target: str | Path | None = None)
     except (SafetensorError, OSError) as error:
         part.unlink(missing_ok=True)
         raise InputError(f"{str(target)!r} cannot be written ({error}): make room or choose another folder.") from error
-    return target

@@ -37,10 +37,11 @@ _LONGEST_TIMEOUT = 86400.0
 
 # Where a score is looked for. All repetitions are bounded, so that no answer keeps the process busy.
 _LOOKED_AT = 4000
-_MARKS = r"[\s*_`\"']{0,20}"
+_MARKS = r"[\s*_`\"'<\[]{0,20}"
 _LABEL = re.compile(rf"score[\"'*_ ]{{0,20}}[:=]{_MARKS}(?=-?\d)", re.IGNORECASE)
 _NUMBER = rf"{_MARKS}(-?\d{{1,9}}(?:\.\d{{1,20}})?)(?:{_MARKS}(?:/|out of){_MARKS}(\d{{1,9}}(?:\.\d{{1,20}})?))?"
-_CLOSING = r"[\s*_`\"'.,;!)\]}]{0,20}?"
+_CLOSING = r"[\s*_`\"'.,;!)\]}>]{0,20}?"
+_END = re.compile(r"(\s*(</s>|<\|[a-z_]{1,20}\|>)){1,5}\s*\Z")  # a model's own sign that it is done
 _LABELLED = re.compile(rf"{_NUMBER}{_CLOSING}(?:$|\.\s|,\s*\")", re.IGNORECASE | re.MULTILINE)
 _BARE = re.compile(rf"{_NUMBER}{_CLOSING}\Z", re.IGNORECASE)
 
@@ -94,12 +95,12 @@ class JudgeConfig:
             raise InputError(
                 f"judge timeout is {self.timeout!r}: use seconds above 0, {_LONGEST_TIMEOUT:g} (a day) at most."
             )
-        if "{prompt" not in self.template:
-            raise InputError("judge template does not mention {prompt}: the judge would not know what was asked for.")
         try:
-            self.template.format(prompt="", low=self.low, high=self.high)
+            asked = [self.template.format(prompt=prompt, low=self.low, high=self.high) for prompt in ("", "a")]
         except (LookupError, ValueError, AttributeError, TypeError) as error:
             raise InputError(f"judge template cannot be filled in ({error}): write other braces twice.") from error
+        if asked[0] == asked[1]:
+            raise InputError("judge template does not mention {prompt}: the judge would not know what was asked for.")
 
 
 class Judge:
@@ -235,7 +236,7 @@ def parse_score(text: str, low: float, high: float) -> float | None:
     occurs in a sentence, goes on ("1e1", "7,5", "10-point") or is out of anything but `high` is not a score.
     """
     text = re.sub(r"<think>.*?(</think>|$)", " ", text, flags=re.DOTALL | re.IGNORECASE)
-    text = text.rpartition("</think>")[2].strip()[-_LOOKED_AT:]
+    text = _END.sub("", text.rpartition("</think>")[2].strip()[-_LOOKED_AT:])
     labels = list(_LABEL.finditer(text))
     found = _LABELLED.match(text, labels[-1].end()) if labels else _BARE.match(text)
     if found is None or (found[2] and float(found[2]) != high):

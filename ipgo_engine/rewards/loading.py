@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,6 +67,22 @@ def _pickscore(path: Place | Mapping[str, Place], device: Device, dtype: torch.d
     return load_pickscore(_file_or_folder("pickscore", path), device, dtype)
 
 
+def _judge(place: Place | Mapping[str, Place]) -> Reward:
+    """Of an address, or of settings as texts: {"url": ..., "model": ..., "max_calls": "2000"}."""
+    given = place if isinstance(place, Mapping) else {"url": place}
+    kinds = {field.name: _KINDS[str(field.type)] for field in fields(JudgeConfig) if str(field.type) in _KINDS}
+    settings: dict[str, Any] = {}
+    for name, value in given.items():
+        if name not in kinds:
+            raise InputError(f"reward 'judge' has no setting {name!r}: use {', '.join(kinds)}.")
+        try:
+            settings[name] = kinds[name](value)
+        except ValueError:
+            raise InputError(f"reward 'judge': {name} is {value!r}, which is not a number.") from None
+    return Judge(JudgeConfig(**{"url": ""} | settings))
+
+
+_KINDS: dict[str, Callable[[Any], Any]] = {"str": str, "str | None": str, "int": int, "float": float}
 SIMPLE: dict[str, Callable[[], Reward]] = {
     "brightness": Brightness,
     "darkness": Darkness,
@@ -96,7 +114,7 @@ def load(
     """The reward of that name, ready to score.
 
     `path` is the local file or folder of a reward that has weights ("aesthetic" also takes {"head": ..., "clip": ...}),
-    or the address of "judge" (`Judge` itself takes further settings). `device` and `dtype` are where and how weights
+    or the address of "judge", or its settings by name, "url" among them. `device` and `dtype` are where and how weights
     are kept (default: CPU, float32). Scores come out float32 whatever `dtype`. "hpsv2" is version 2.0. Raises
     `InputError` for an unknown name and for weights that are missing or are not what the name says; nothing is ever
     fetched here, see `rewards.download`.
@@ -106,7 +124,7 @@ def load(
     if name in DEMO:
         return load_demo(name, device, dtype)
     if name == "judge":
-        return Judge(JudgeConfig(url=str(path or "")))
+        return _judge(path or "")
     if name not in MODELS:
         raise InputError(f"reward {name!r} is unknown: use one of {', '.join(NAMES)}.")
     if path is None:

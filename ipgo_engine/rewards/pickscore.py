@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,9 +24,10 @@ class PickScore:
 
     def __init__(self, backbone: ClipBackbone) -> None:
         """A backbone from `backbones.load_clip` on the authors' folder (transformers CLIPModel)."""
+        if backbone.logit_scale is None:
+            raise InputError("PickScore weights: these hold the vision tower only, scoring a prompt needs the whole.")
         self.backbone = backbone
-        logit_scale = backbone.module.get_parameter("logit_scale")
-        self._scale = float(torch.as_tensor(logit_scale).float().exp())
+        self._scale = math.exp(backbone.logit_scale)
 
     @property
     def module(self) -> nn.Module:

@@ -44,12 +44,11 @@ class WeightFile:
                 raise InputError(f"weights table: {name!r} would leave the weights folder.")
 
     def url(self, host: str | None = None) -> str:
-        """The address of exactly this version of the file."""
-        host = (host or self.host).rstrip("/")
+        """The address of exactly this version of the file; `host` stands for the hub, not for other hosts."""
         name = self.file.replace("+", "%2B")
         if self.host == GITHUB:
-            return f"{host}/{self.repository}/{self.revision}/{name}"
-        return f"{host}/{self.repository}/resolve/{self.revision}/{name}"
+            return f"{GITHUB}/{self.repository}/{self.revision}/{name}"
+        return f"{(host or self.host).rstrip('/')}/{self.repository}/resolve/{self.revision}/{name}"
 
     def path(self, root: str | Path) -> Path:
         """Where the file lies under the weights root."""

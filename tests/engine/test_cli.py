@@ -634,7 +634,8 @@ def test_ctrl_c_from_outside(tmp_path: Path, presses: int):
 @pytest.fixture
 def toy_demo(toy: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The demo with the toy for a model and simple rewards."""
-    monkeypatch.setattr(demo, "load_demo_rewards", lambda device: (load("brightness"), load("contrast")))
+    simple = {"demo-clip": "brightness", "demo-judge": "contrast"}
+    monkeypatch.setattr(demo, "load", lambda name, *_: load(simple.get(name, name)))
     return toy
 
 
@@ -747,7 +748,23 @@ def test_score_keeps_what_it_has_when_files_or_the_reward_fail(toy: Path, monkey
 
     monkeypatch.setattr("ipgo_engine.rewards.brightness.Brightness.score", breaks_at_the_third)
     assert cli.main(["score", str(folder), "--reward", "brightness", "--out", "again"]) == 1
-    assert len(csv_rows(toy / "again/scores.csv")) == 2
+    rows = csv_rows(toy / "again/scores.csv")
+    assert [bool(row["score"]) and row["score"] != "nan" for row in rows] == [True, True, False, False]
+    assert "2 of 4 scored" in capsys.readouterr().out
+
+
+def test_precision_and_places_of_rewards(toy: Path, monkeypatch):
+    """Half precision for the rewards alone, and ~ in a path, which no shell expands behind an equals sign."""
+    monkeypatch.setenv("HOME", str(toy))
+    monkeypatch.setenv("USERPROFILE", str(toy))
+    (toy / "weights").mkdir()
+    seen = []
+    monkeypatch.setattr("ipgo_engine.cli.inputs.load", lambda *place: seen.append(place) or load("brightness"))
+    Image.new("RGB", (8, 8)).save(toy / "a.png")
+    command = ["score", "a.png", "--prompt", "x", "--reward", "clip", "--reward-path", "clip=~/weights"]
+    assert cli.main([*command, "--reward-dtype", "float16"]) == 0
+    assert seen[0][0] == "clip"
+    assert seen[0][3] == torch.float16
 
 
 def test_score_gives_each_picture_its_prompt(toy: Path):

@@ -51,7 +51,7 @@ class Hub:
     """Serves the folders under the addresses of the table."""
 
     def __init__(self, folders):
-        self.folders, self.seen = folders, []
+        self.folders, self.seen, self.replaced = folders, [], {}
 
     def handler(self):
         hub = self
@@ -66,7 +66,8 @@ class Hub:
             def answer(self):
                 hub.seen.append((self.command, self.path))
                 parts = unquote(self.path).strip("/").split("/")
-                body = (hub.folders["/".join(parts[:2])] / parts[-1]).read_bytes()
+                file = hub.folders["/".join(parts[:2])] / parts[-1]
+                body = hub.replaced.get(file.name) or file.read_bytes()
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
@@ -88,7 +89,7 @@ def source(tmp_path_factory):
 def hub(source, monkeypatch):
     """The real table, without sizes and checksums, which small models do not have."""
     for name, items in weights.WEIGHTS.items():
-        free = tuple(replace(item, size=None, sha256=None) for item in items)
+        free = tuple(replace(item, size=None, sha256=None, host=weights.HUB) for item in items)
         monkeypatch.setitem(weights.WEIGHTS, name, free)
     return Hub(source)
 
@@ -143,14 +144,36 @@ def test_pickles_are_converted_once_and_held_to_their_record(hub, source, tmp_pa
             rewards.download("hpsv2.1", tmp_path, report=lines.append, host=host)
 
 
-def test_a_conversion_that_was_there_is_not_overwritten(hub, tmp_path):
+def test_a_conversion_of_ones_own_is_kept_and_nothing_fetched_for_it(hub, tmp_path):
     (tmp_path / "hpsv2").mkdir()
-    mine = tmp_path / "hpsv2" / "HPS_v2_compressed.safetensors"
+    mine, lines = tmp_path / "hpsv2" / "HPS_v2_compressed.safetensors", []
     mine.write_bytes(b"mine")
     with serving(hub.handler()) as host:
-        rewards.download("hpsv2", tmp_path, report=lambda line: None, host=host)
+        rewards.download("hpsv2", tmp_path, report=lines.append, host=host)
     assert mine.read_bytes() == b"mine"
-    assert (tmp_path / "hpsv2" / "HPS_v2_compressed.pt").is_file()
+    assert not any("HPS_v2_compressed" in path for _, path in hub.seen)
+    assert any("HPS_v2_compressed.safetensors: there already" in line and "not verified" in line for line in lines)
+
+
+def test_the_conversion_of_another_revision_is_replaced(hub, source, tmp_path, monkeypatch):
+    with serving(hub.handler()) as host:
+        rewards.download("hpsv2", tmp_path, report=lambda line: None, host=host)
+        converted = tmp_path / "hpsv2" / "HPS_v2_compressed.safetensors"
+        before = converted.read_bytes()
+        newer = tuple(replace(item, revision="f" * 40) for item in weights.WEIGHTS["hpsv2"])
+        monkeypatch.setitem(weights.WEIGHTS, "hpsv2", newer)
+        state = {name: tensor + 1 for name, tensor in tiny.open_clip_model().state_dict().items()}
+        torch.save({"state_dict": state}, tmp_path / "newer.pt")
+        monkeypatch.setitem(hub.replaced, "HPS_v2_compressed.pt", (tmp_path / "newer.pt").read_bytes())
+        rewards.download("hpsv2", tmp_path, report=lambda line: None, host=host)
+    assert converted.read_bytes() != before
+    assert not (tmp_path / "hpsv2" / "HPS_v2_compressed.pt").exists()
+
+
+def test_a_mirror_stands_for_the_hub_and_for_no_other_host():
+    head, *clip = weights.WEIGHTS["aesthetic"]
+    assert head.url("https://mirror.example").startswith(weights.GITHUB)
+    assert all(item.url("https://mirror.example").startswith("https://mirror.example/openai/") for item in clip)
 
 
 def test_consent_is_asked_after_sizes_and_licences_and_before_anything_is_fetched(hub, tmp_path):

@@ -81,6 +81,24 @@ def judge(url, **settings):
     return Judge(JudgeConfig(url=url + "/v1", **settings))
 
 
+def test_settings_come_by_name_as_texts():
+    place = {"url": "http://127.0.0.1:9/v1", "model": "my-vlm", "max_calls": "2000", "timeout": "5"}
+    judge = rewards.load("judge", place)
+    assert (judge.config.model, judge.config.max_calls, judge.config.timeout) == ("my-vlm", 2000, 5.0)
+    for wrong, message in (({"colour": "red"}, "no setting 'colour'"), ({"max_calls": "many"}, "max_calls is 'many'")):
+        with pytest.raises(InputError, match=message):
+            rewards.load("judge", place | wrong)
+
+
+def test_calibration_is_a_run_of_its_own():
+    """A judge whose calls an earlier run has used up can be calibrated with."""
+    with serving(Endpoint().handler()) as host:
+        judge = Judge(JudgeConfig(url=f"{host}/v1", max_calls=2, concurrency=1))
+        used, images = (torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+        judge.score(used, ["a", "a"])
+        assert rewards.Weighted([(judge, 1.0)]).calibrated(images, ["a", "a"]).scales[0][1] > 0
+
+
 @pytest.mark.parametrize(
     ("text", "score"),
     [
@@ -103,6 +121,11 @@ def judge(url, **settings):
         ("Score: 8/10.0", 8),
         ('{\n  "score": "7",\n  "why": "odd sky"\n}', 7),
         ('```json\n{"why":"sky","score":7.5}\n```', 7.5),
+        ("Score: <7.5>", 7.5),
+        ("Score: [7.5]", 7.5),
+        ("Score: 7.5</s>", 7.5),
+        ("8<|im_end|>", 8),
+        ("Score: <1-10>", None),
         ("4/5", None),
         ("8/100", None),
         ("Score: 8 out of 100", None),
@@ -340,6 +363,7 @@ def test_the_key_comes_from_a_named_variable_only(monkeypatch):
         {"timeout": float("nan")},
         {"longest_side": 2},
         {"template": "rate it"},
+        {"template": "rate {{prompt}}"},
         {"template": "{prompt} {unknown}"},
         {"template": "{prompt} {"},
         {"template": "{prompt} {low.x}"},

@@ -10,6 +10,7 @@ from ipgo_engine import rewards
 from ipgo_engine.errors import InputError
 from ipgo_engine.rewards import backbones, files, hps, loading
 from ipgo_engine.rewards.aesthetic import Aesthetic, load_head
+from ipgo_engine.rewards.clip import ClipScore
 from ipgo_engine.rewards.imagereward import MEAN, STD, load_imagereward
 
 from . import tiny
@@ -144,6 +145,41 @@ def test_aesthetic_is_the_authors_computation(root, models):
     torch.testing.assert_close(models["aesthetic"].score(batch(), ["", ""]), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(40, 59), (59, 40), (64, 64), (50, 33)])
+def test_aesthetic_crops_as_the_transform_its_authors_use(models, size):
+    """OpenAI's, which is torchvision's; transformers' processor rounds odd margins the other way."""
+    from PIL import Image
+    from torchvision import transforms
+    from torchvision.transforms import InterpolationMode
+
+    ours = models["aesthetic"].preprocessing
+    side, image = ours.size, tiny.picture(*size)
+    theirs = transforms.Compose(
+        [
+            transforms.Resize(side, interpolation=InterpolationMode.BICUBIC),
+            transforms.CenterCrop(side),
+            transforms.ToTensor(),
+            transforms.Normalize(ours.mean, ours.std),
+        ]
+    )
+    difference = (
+        (ours(tiny.as_batch(image))[0] - theirs(Image.fromarray(image))).abs()
+        * torch.tensor(ours.std).view(3, 1, 1)
+        * 255
+    )
+    assert difference.max() < 2
+
+
+def test_pickscores_scale_is_not_rounded(root):
+    exact = MAKERS["pickscore"](root)
+    images = batch()
+    for dtype in (torch.float16, torch.bfloat16):
+        half = MAKERS["pickscore"](root, dtype=dtype)
+        ratio = half.score(images, tiny.PROMPTS) / ClipScore(half.backbone).score(images, tiny.PROMPTS)
+        expected = exact.score(images, tiny.PROMPTS) / ClipScore(exact.backbone).score(images, tiny.PROMPTS)
+        torch.testing.assert_close(ratio, expected, rtol=1e-5, atol=0)
+
+
 def test_aesthetic_and_clip_share_a_backbone(root, models):
     clip = rewards.load("clip", root / loading.CLIP_L_FOLDER)
     assert clip.backbone is models["aesthetic"].backbone
@@ -179,7 +215,8 @@ def test_the_published_aesthetic_head(tmp_path):
     for layer in (0, 2, 4, 6, 7):
         expected = expected @ state[f"layers.{layer}.weight"].double().T + state[f"layers.{layer}.bias"].double()
     assert (head(features).squeeze(-1) - expected.squeeze(-1)).abs().max() < 1e-4
-    converted = files.convert_to_safetensors(REAL_HEAD, tmp_path / "head-linearMSE.safetensors")
+    converted = tmp_path / "head-linearMSE.safetensors"
+    files.convert_to_safetensors(REAL_HEAD, converted)
     torch.testing.assert_close(load_head(converted, 768)(features), head(features))
 
 
@@ -212,7 +249,7 @@ def test_hps_versions_read_their_own_file(tmp_path):
         hps.load_hps(tmp_path, "v2.1", architecture={"model_cfg": tiny.ARCHITECTURE})
     with pytest.raises(InputError, match="its width is 64 instead of 1280"):
         rewards.load("hpsv2", tmp_path)  # not the size of ViT-H-14
-    files.convert_to_safetensors(tmp_path / "HPS_v2_compressed.pt")
+    files.convert_to_safetensors(tmp_path / "HPS_v2_compressed.pt", tmp_path / "HPS_v2_compressed.safetensors")
     one = hps.load_hps(tmp_path / "HPS_v2_compressed.pt", "v2.0", architecture={"model_cfg": tiny.ARCHITECTURE})
     two = hps.load_hps(tmp_path, "v2.0", architecture={"model_cfg": tiny.ARCHITECTURE})
     torch.testing.assert_close(one.score(batch(), tiny.PROMPTS), two.score(batch(), tiny.PROMPTS))
@@ -246,7 +283,7 @@ def test_imagereward_needs_its_vocabulary(tmp_path):
 
 def test_converted_imagereward_scores_the_same(root, models, tmp_path):
     tiny.save_imagereward(tmp_path)
-    files.convert_to_safetensors(tmp_path / "ImageReward.pt")
+    files.convert_to_safetensors(tmp_path / "ImageReward.pt", tmp_path / "ImageReward.safetensors")
     (tmp_path / "ImageReward.pt").unlink()
     converted = load_imagereward(tmp_path)
     torch.testing.assert_close(
