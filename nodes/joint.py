@@ -51,7 +51,7 @@ class IPGOJointOptimize(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="Text encoder that belongs to the model."),
                 io.Vae.Input("vae", tooltip="VAE that belongs to the model."),
                 reward_input("What the images are to score high on."),
-                *prompt_inputs(),
+                *prompt_inputs("What the images show. One line for all of them, or one line per image of batch_size."),
                 *size_inputs(512),
                 seed_input("Seed of the noise that is improved."),
                 io.Int.Input(
@@ -82,7 +82,7 @@ class IPGOJointOptimize(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, clip: Any, vae: Any, reward: Any, **settings: Any) -> io.NodeOutput:
         """Optimize both, keep the tokens, and show the best in a final pass on the stock path."""
-        prompts = for_every_image(lines(settings["prompt"]), settings["batch_size"])
+        prompts = for_every_image(lines(settings["prompt"]), settings["batch_size"], "batch_size")
         generator = prompt_generator(model, clip, vae, settings)
         seeds = seeds_from(settings["seed"], settings["batch_size"])
 
@@ -96,14 +96,16 @@ class IPGOJointOptimize(io.ComfyNode):
             with torch.no_grad():
                 return result.best[0].condition(generator.encode(prompts))
 
-        result, conditioning = job.run(optimize_jointly, prompts, joint_config(settings), finish, seeds=seeds)
+        config = joint_config(settings)
+        result, conditioning = job.run(optimize_jointly, prompts, config, finish, seeds=seeds)
         with job.keeping(result):
             tokens, noise = result.best[0].to("cpu"), result.best[1]
             images = final_images(generator, conditioning, noise)
             positive = from_engine(conditioning.select([0]))[0][1]
+            facts = [*token_facts(tokens), *noise_facts(noise, config.noise)]
             return io.NodeOutput(
                 tokens, positive, generator.negative, *handover_values(generator, noise),
-                *run_results(job, "Joint Optimize", result, images, [*token_facts(tokens), *noise_facts(noise)]),
+                *run_results(job, "Joint Optimize", result, images, facts),
             )  # fmt: skip
 
     @classmethod

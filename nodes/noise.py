@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from comfy_api.latest import io
-from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ..ipgo_engine.config import NoiseConfig
@@ -18,7 +17,7 @@ from ..ipgo_engine.noise import NoiseRegularizer, choose_block_size
 from ..ipgo_engine.optimize import optimize_noise
 from .host import files
 from .host.generator import ComfyGenerator, Sampling
-from .host.handover import Handover
+from .host.handover import Handover, blocked
 from .host.watch import final_images
 from .reporting import run_results
 from .resuming import SAMPLING, kept_version, pin
@@ -111,16 +110,18 @@ def handover_values(generator: ComfyGenerator, noise: Tensor) -> list[Any]:
     """Values of `handover_outputs` for noise (B, *noise_shape)."""
     handover = Handover(generator, noise)
     try:
-        latent: Any = handover.latent()
+        latent = handover.latent()
     except InputError as error:
-        latent = ExecutionBlocker(f"latent of the optimized noise: {error}")
+        latent = blocked(f"latent of the optimized noise: {error}")
     return [handover.noise(), handover.sampler(), handover.sigmas(), handover.model(), latent]
 
 
-def noise_facts(noise: Tensor) -> list[str]:
-    """Lines for the report."""
-    values = noise[0].numel()
-    return [f"Noise: {noise.shape[1]} per image, {values} values; blocks of {choose_block_size(values)} by default."]
+def noise_facts(noise: Tensor, config: NoiseConfig) -> list[str]:
+    """Lines for the report, of the noises that were optimized."""
+    optimized = noise[0, :1] if config.which == "initial" else noise[0]
+    block = config.block_size or choose_block_size(optimized.numel())
+    count = f"{len(optimized)} of {noise.shape[1]} per image optimized"
+    return [f"Noise: {count}, {optimized.numel()} values; blocks of {block}."]
 
 
 def keep_noise(
@@ -212,14 +213,15 @@ class IPGONoiseOptimize(io.ComfyNode):
             generator, reward, settings["save_as"], settings["resume"], monitors_of(settings), cls.hidden,
             keep=lambda found: [keep_noise(found.best, found.prompts, seeds, generator, settings)],
         )  # fmt: skip
+        config = noise_config(settings)
         result, conditioning = job.run(
-            optimize_noise, prompts, noise_config(settings), lambda found: generator.encode(prompts), seeds=seeds
+            optimize_noise, prompts, config, lambda found: generator.encode(prompts), seeds=seeds
         )
         with job.keeping(result):
             images = final_images(generator, conditioning, result.best)
             return io.NodeOutput(
                 *handover_values(generator, result.best),
-                *run_results(job, "Regularized Noise Optimize", result, images, noise_facts(result.best)),
+                *run_results(job, "Regularized Noise Optimize", result, images, noise_facts(result.best, config)),
             )
 
     @classmethod

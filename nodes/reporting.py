@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ..ipgo_engine.errors import Cancelled
 from ..ipgo_engine.events import StepEvent
 from ..ipgo_engine.optimize import Result
 from ..ipgo_engine.report import curve_tensor, plain_table
+from .host.handover import blocked
 from .host.interrupt import comfy_interrupt_as_cancelled
 from .host.residence import score
 from .host.watch import release_memory
@@ -46,7 +46,7 @@ def curve_image(job: Job, title: str, result: Result[Any]) -> Any:
     try:
         return to_comfy(curve_tensor({title: result.history}, reward=job.reward.name, title=title))
     except Exception as error:
-        return ExecutionBlocker(f"curve: it cannot be drawn ({error})")
+        return blocked(f"curve: it cannot be drawn ({error})")
 
 
 def loss_map(history: Sequence[StepEvent]) -> dict[str, list[float]]:

@@ -149,14 +149,13 @@ def lines(text: str, name: str = "prompt") -> list[str]:
     return found
 
 
-def for_every_image(prompts: list[str], count: int) -> list[str]:
-    """One prompt per image; a single one serves all."""
+def for_every_image(prompts: list[str], count: int, counted: str = "") -> list[str]:
+    """One prompt per image; a single one serves all. `counted` is the input that says how many images there are."""
     if len(prompts) == 1:
         return prompts * count
     if len(prompts) != count:
-        raise InputError(
-            f"prompt has {len(prompts)} lines for {count} image(s): write one line, or one for each image."
-        )
+        images = f"{count} image(s){f' ({counted})' if counted else ''}"
+        raise InputError(f"prompt has {len(prompts)} lines for {images}: write one line, or one for each image.")
     return prompts
 
 

@@ -31,14 +31,10 @@ from .training import keep_tokens, prompt_generator, render_each, shown_rows, to
 SIDES = ("both", "prefix only", "suffix only")
 
 
-def prompt_inputs() -> list[Any]:
+def prompt_inputs(meaning: str) -> list[Any]:
     """What is asked for, and what is not wanted."""
     return [
-        io.String.Input(
-            "prompt", multiline=True, default="a photo of a cat",
-            tooltip="One prompt per line. One line: tokens for this prompt. Several lines: one set of tokens that "
-            "serves them all, and prompts like them.",
-        ),
+        io.String.Input("prompt", multiline=True, default="a photo of a cat", tooltip=meaning),
         io.String.Input(
             "negative", multiline=True, default="",
             tooltip="Negative prompt, used at cfg above 1. Tokens do not go in here."
@@ -96,7 +92,10 @@ class IPGOTrainTokens(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="Text encoder that belongs to the model."),
                 io.Vae.Input("vae", tooltip="VAE that belongs to the model."),
                 reward_input("What the images are to score high on."),
-                *prompt_inputs(),
+                *prompt_inputs(
+                    "One prompt per line. One line: tokens for this prompt. Several lines: one set of tokens that "
+                    "serves them all, and prompts like them."
+                ),
                 *size_inputs(512),
                 seed_input("Seed of the images that tokens are trained on."),
                 io.Int.Input(

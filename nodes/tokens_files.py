@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 from comfy_api.latest import io
@@ -84,8 +85,10 @@ class IPGOLoadTokens(io.ComfyNode):
         return io.NodeOutput(IPGOTokens.load(path), information)
 
     @classmethod
-    def fingerprint_inputs(cls, file: str) -> Any:
-        """Read again when the file was replaced."""
+    def fingerprint_inputs(cls, file: str | None) -> Any:
+        """Read again when the file was replaced; every time when it comes through a link (None here)."""
+        if file is None:
+            return math.nan
         path = paths.token_file(file)
         return f"{path}:{path.stat().st_mtime_ns}"
 

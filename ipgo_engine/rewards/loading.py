@@ -79,7 +79,8 @@ def _judge(place: Place | Mapping[str, Place]) -> Reward:
             settings[name] = kinds[name](value)
         except ValueError:
             raise InputError(f"reward 'judge': {name} is {value!r}, which is not a number.") from None
-    return Judge(JudgeConfig(**{"url": ""} | settings))
+    settings.setdefault("url", "")
+    return Judge(JudgeConfig(**settings))
 
 
 _KINDS: dict[str, Callable[[Any], Any]] = {"str": str, "str | None": str, "int": int, "float": float}

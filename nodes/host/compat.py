@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...ipgo_engine.errors import InputError
+from .weights import quantized_parts
 
 
 @contextmanager
@@ -45,6 +46,7 @@ def ordinary_clone(patcher: Any, what: str) -> Any:
     else:
         try:
             clone = patcher.clone(disable_dynamic=True)
+            in_precision_of_model(clone.model)
         except RuntimeError as error:
             raise InputError(
                 f"{what} uses dynamic VRAM and cannot be loaded a second time without it ({error}). "
@@ -54,6 +56,19 @@ def ordinary_clone(patcher: Any, what: str) -> Any:
         clone.remove_additional_models("multigpu")
     clone.model_options.pop("multigpu_clones", None)
     return clone
+
+
+def in_precision_of_model(model: torch.nn.Module) -> None:
+    """Convert weights that are in the precision of their file to the one their model was made for.
+
+    A start with dynamic VRAM converts as it pages weights in; what it loads without paging keeps the file's, of which
+    the layers of a float16 file in a bfloat16 VAE make an error.
+    """
+    for module in model.modules():
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            wanted = getattr(module, f"{name}_comfy_model_dtype", None)
+            if wanted not in (None, tensor.dtype) and not quantized_parts(tensor):
+                tensor.data = tensor.data.to(wanted)  # of a model loaded for us alone; tied weights stay tied
 
 
 def fix_empty_latent(patcher: Any, latent: dict[str, Any]) -> Tensor:
@@ -91,11 +106,6 @@ def as_stock_latent(samples: Tensor) -> Tensor:
     return samples if dtype is None else samples.to(dtype())
 
 
-def latent_channels(patcher: Any) -> int:
-    """Number of latent channels the model works on."""
-    return int(patcher.get_model_object("latent_format").latent_channels)
-
-
 def refuse_streaming(model: torch.nn.Module, device: torch.device) -> None:
     """Refuse weights that are streamed through shared buffers.
 
@@ -104,7 +114,7 @@ def refuse_streaming(model: torch.nn.Module, device: torch.device) -> None:
     """
     if not hasattr(comfy.model_management, "get_cast_buffer"):
         return
-    away = sum(weight.device != device for weight in model.parameters())
+    away = sum(weight.device.type != device.type for weight in model.parameters())  # "mps" is not equal to "mps:0"
     if away:
         raise InputError(
             f"model does not fit into the memory of {device}: {away} of its weights would be streamed, and the "

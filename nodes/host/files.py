@@ -55,7 +55,10 @@ def reward_path(name: str) -> Path:
         if folder.is_dir() and name in {item.name for item in folder.iterdir()}:
             return folder / name
     where = " or ".join(map(str, folders))
-    raise InputError(f"weights is {name!r}, which is not in {where}: put the reward model there and press R.")
+    raise InputError(
+        f"weights is {name!r}, which is not in {where}: fetch it with the node Download Reward Weights, or put it "
+        "there, and press R."
+    )
 
 
 def state_file(name: str) -> Path:
@@ -74,10 +77,14 @@ def next_noise_file(name: str) -> Path:
 
 
 def checked(name: str) -> str:
-    """The name, if file systems can store it with a number and an ending."""
+    """The name, if there is one and file systems can store it with a number and an ending."""
+    if not name.strip():
+        raise InputError("the file name (save_as or filename_prefix) is empty: write one.")
     longest = max(len(part.encode()) for part in re.split(r"[\\/]", name))
     if longest > LONGEST_NAME:
-        raise InputError(f"name is {longest} bytes long: use at most {LONGEST_NAME} for the file and for each folder.")
+        raise InputError(
+            f"the file name is {longest} bytes long: use at most {LONGEST_NAME} for the file and for each folder."
+        )
     return name
 
 

@@ -25,11 +25,11 @@ from ...ipgo_engine.generators.gradflow import GradientScale
 from . import compat, decode, wrappers
 from .conditioning import ComfyConditioning, from_engine, to_engine
 from .dryrun import draw_noise, plan_noise, taped_sampler
-from .inputs import control_networks, encoder_name, one_latent, owned, place_in_batch
+from .inputs import controls_of, encoder_name, networks_of_patches, one_latent, owned, place_in_batch
 from .interrupt import comfy_interrupt_as_cancelled, poll_interrupt
 from .noise import NoisePlan, replay
 from .recomputed import RecomputedModules
-from .refuse import refuse_hooks, refuse_missing, refuse_unsupported
+from .refuse import refuse_hooks, refuse_missing, refuse_paged, refuse_unsupported
 from .samplers import refuse_biased, sampler_by_name, sigmas_by_name
 from .weights import Aliases, is_quantized, usable
 
@@ -87,6 +87,8 @@ class ComfyGenerator:
         compat.refuse_nested(latent["samples"])
         refuse_unsupported(model)
         refuse_biased(getattr(sampling.sampler.sampler_function, "__name__", ""))
+        self._aliases, self._modules = Aliases(), RecomputedModules()
+        self._networks: list[torch.nn.Module] = []  # all that a sampling computes with
         self.model, self.vae, self.clip, self.sampling, self.seed = model, vae, clip, sampling, seed
         self.latent, self.mask = one_latent(model, latent)
         self.place = place_in_batch(latent)
@@ -109,7 +111,6 @@ class ComfyGenerator:
         self._vae_patcher: Any = None
         self._run: Any = None
         self._memory = 0.0
-        self._aliases, self._modules = Aliases(), RecomputedModules()
 
     # the session
 
@@ -136,8 +137,9 @@ class ComfyGenerator:
 
     def _close(self) -> None:
         self._modules.restore()
-        self._aliases.restore()
+        self.give_weights_back()
         self._patcher = self._vae_patcher = self._run = None
+        self._networks = []
 
     @contextmanager
     def _session(self) -> Iterator[None]:
@@ -202,6 +204,7 @@ class ComfyGenerator:
     def _encode_text(self, prompt: str) -> ComfyConditioning:
         """CONDITIONING of one prompt, owned by us."""
         assert self.clip is not None  # the constructor refuses a text without a CLIP
+        self.give_weights_back()
         with torch.no_grad():
             conditioning = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt))
         return owned(conditioning)
@@ -257,27 +260,40 @@ class ComfyGenerator:
             True,
             self.seed,
         )
+        compat.refuse_streaming(self._patcher.model, self.device)  # a ControlNet may have loaded a VAE in between
         return compat.as_stock_latent(samples)
+
+    def give_weights_back(self) -> None:
+        """Before anything is loaded, which may move our models away: an alias's original would keep its memory."""
+        self._aliases.restore()
 
     def _prepare(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """PREPARE_SAMPLING: load everything completely, then give autograd weights it accepts."""
+        self.give_weights_back()
         decode.load([self._patcher, self._vae_patcher], self._memory)
         real_model, conds, models = executor(*args, **compat.prepare_arguments(kwargs))
+        refuse_paged(models)
         compat.refuse_streaming(real_model, self.device)
         self._run.stock_mode = torch.inference_mode if is_quantized(real_model) else torch.no_grad
-        self._aliases.apply(real_model)
-        for model in models:
-            self._aliases.apply(model.model)
-        for control in control_networks(conds):
-            self._modules.apply(control)
+        controls = list(controls_of(conds))
+        self._networks = [real_model, *(model.model for model in models)]
+        self._networks += [c.vae.first_stage_model for c in controls if getattr(c, "vae", None) is not None]
+        self._networks += networks_of_patches(self._patcher)
+        for network in self._networks:
+            self._aliases.apply(network)
+        for control in controls:
+            if isinstance(getattr(control, "control_model", None), torch.nn.Module):
+                self._modules.apply(control.control_model)
         return real_model, conds, models
 
     def _decode(self, latents: Tensor, checkpoint: bool) -> Tensor:
         """Images on `device`."""
         poll_interrupt()
+        self.give_weights_back()
         decode.load([self._patcher, self._vae_patcher], self._memory)
         network = self._vae_patcher.model
-        self._aliases.apply(network)
+        for each in (*self._networks, network):  # the backward pass needs all of them
+            self._aliases.apply(each)
         blocks = RecomputedModules()
         try:
             for block in decode.blocks(network) if checkpoint else ():

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_sampling
@@ -17,6 +18,7 @@ import comfy.sample
 import comfy.samplers
 import torch
 from comfy.patcher_extension import WrappersMP
+from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
 
 from ...ipgo_engine.errors import InputError
@@ -51,6 +53,11 @@ def check_shape(noise: Tensor, latent: Tensor) -> None:
         )
 
 
+def blocked(message: str) -> Any:
+    """An output that nodes behind it stop at, saying why."""
+    return ExecutionBlocker(message)
+
+
 def replaying_sampler(sampler: Any, calls: tuple[Call, ...], injections: list[Tensor | None]) -> Any:
     """SAMPLER: the installed sampler with the recorded noises injected; the very same object where it injects none.
 
@@ -72,6 +79,31 @@ def replaying_sampler(sampler: Any, calls: tuple[Call, ...], injections: list[Te
             return rebind(inner, tape.overrides())(model, noise, sigmas, **kwargs)
 
     return comfy.samplers.KSAMPLER(sample, sampler.extra_options, sampler.inpaint_options)
+
+
+def _name(sampler: Any) -> str:
+    return getattr(sampler.sampler_function, "__name__", "")
+
+
+@dataclass(frozen=True)
+class Baked:
+    """OUTER_SAMPLE of a MODEL: other noise, and a sampler that replays. Holds no model: the output outlives the run."""
+
+    initial: Tensor
+    injections: list[Tensor | None]
+    calls: tuple[Call, ...]
+    sampler: str
+
+    def __call__(self, executor: Any, noise: Tensor, latent: Tensor, sampler: Any, *args: Any, **kwargs: Any) -> Any:
+        """What the sampler that is wrapped gives for the optimized noise."""
+        check_shape(self.initial, latent)
+        if any(v is not None for v in self.injections) and self.sampler != _name(sampler):
+            raise InputError(
+                f"The optimized noise holds what '{self.sampler}' injects, but the sampler is '{_name(sampler)}': "
+                "set the same sampler, scheduler, steps and denoise as in the optimization."
+            )
+        replaying = replaying_sampler(sampler, self.calls, self.injections)
+        return executor(self.initial.to(noise), latent, replaying, *args, **kwargs)
 
 
 class Handover:
@@ -101,20 +133,10 @@ class Handover:
     def model(self) -> Any:
         """MODEL that puts the optimized noise into a plain KSampler, whatever its seed."""
         clone = self._generator.model.clone()
-        clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, self._bake)
+        name = _name(self._generator.sampling.sampler)
+        baked = Baked(self._initial, self._injections, self._calls, name)
+        clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, baked)
         return clone
-
-    def _bake(self, executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, *args: Any, **kwargs: Any) -> Any:
-        """OUTER_SAMPLE: other noise, and a sampler that replays."""
-        check_shape(self._initial, latent_image)
-        own, given = (getattr(s.sampler_function, "__name__", "") for s in (self._generator.sampling.sampler, sampler))
-        if any(v is not None for v in self._injections) and own != given:
-            raise InputError(
-                f"The optimized noise holds what '{own}' injects, but the sampler is '{given}': "
-                "set the same sampler, scheduler, steps and denoise as in the optimization."
-            )
-        replaying = replaying_sampler(sampler, self._calls, self._injections)
-        return executor(self._initial.to(noise), latent_image, replaying, *args, **kwargs)
 
     def latent(self) -> dict[str, Tensor]:
         """LATENT for KSamplerAdvanced with add_noise disabled; refused where that would make another image."""
@@ -134,7 +156,7 @@ class Handover:
                 "With a denoise below 1 or a mask a LATENT alone gives another image: use NOISE and SIGMAS, or MODEL."
             )
         with torch.inference_mode(False), torch.no_grad():
-            latent = generator.latent
+            latent = generator.latent.cpu()  # --gpu-only has it elsewhere
             if torch.count_nonzero(latent) > 0:
                 latent = generator.model.model.process_latent_in(latent)
             noised = sampling.noise_scaling(sigma, self._initial.clone(), latent.expand_as(self._initial), True)
@@ -144,6 +166,7 @@ class Handover:
 def render(generator: ComfyGenerator, conditioning: Conditioning, noise: Tensor) -> tuple[Tensor, Tensor]:
     """The final images (B, 3, H, W) in [0, 1] and latents (B, C, h, w): own MODEL and VAE, stock calls."""
     latents: dict[int, Tensor] = {}
+    generator.give_weights_back()
     with torch.no_grad(), torch.random.fork_rng(devices=[]), comfy_interrupt_as_cancelled():
         for images, positive in from_engine(conditioning):
             handover = Handover(generator, noise[images])

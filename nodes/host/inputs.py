@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +15,9 @@ from ...ipgo_engine.generators.identity import describe_encoder
 from . import compat
 from .conditioning import ComfyConditioning
 from .weights import usable
+
+DEEPEST = 8
+"""How far patches are looked into: a dict of lists of objects with a dict of networks needs six."""
 
 
 def owned(conditioning: ComfyConditioning) -> ComfyConditioning:
@@ -66,13 +71,38 @@ def _sign_readable(tower: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, weight.detach().view(torch.int8) if one_byte else weight
 
 
-def control_networks(conds: dict[str, list[dict[str, Any]]]) -> Iterator[torch.nn.Module]:
-    """The networks of every ControlNet in the conditionings."""
+def controls_of(conds: dict[str, list[dict[str, Any]]]) -> Iterator[Any]:
+    """Every ControlNet in the conditionings, chained ones too."""
     for entries in conds.values():
         for entry in entries:
             control = entry.get("control")
             while control is not None:
-                network = getattr(control, "control_model", None)
-                if isinstance(network, torch.nn.Module):
-                    yield network
+                yield control
                 control = control.previous_controlnet
+
+
+def networks_of_patches(patcher: Any) -> list[torch.nn.Module]:
+    """The networks that patches of other packs bring along: in objects, what functions enclose, lists and dicts."""
+    options = patcher.model_options.get("transformer_options", {})
+    found: dict[int, torch.nn.Module] = {}
+    seen: set[int] = set()
+    waiting = [(options.get(name), 0) for name in ("patches", "patches_replace")]
+    while waiting:
+        value, depth = waiting.pop()
+        if isinstance(value, torch.nn.Module):
+            found[id(value)] = value
+        elif depth < DEEPEST and id(value) not in seen:
+            seen.add(id(value))
+            waiting += [(part, depth + 1) for part in _parts(value)]
+    return list(found.values())
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, list | tuple | set):
+        return list(value)
+    if isinstance(value, str | bytes | int | float | Tensor | type | types.ModuleType):
+        return []
+    enclosed = inspect.getclosurevars(value).nonlocals.values() if inspect.isfunction(value) else ()
+    return [*enclosed, getattr(value, "__self__", None), *getattr(value, "__dict__", {}).values()]

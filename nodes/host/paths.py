@@ -60,12 +60,12 @@ def contained(place: Path, name: str, suffix: str) -> Path:
         part for part in parts if part == ".." or re.search(r'[<>:"|?*\x00-\x1f]', part) or part.endswith((" ", "."))
     ]
     if not parts or bad or name.strip().startswith(("/", "\\")):
-        raise InputError(f"name is {name!r}: use a plain file name, with sub-folders if you like ('styles/vivid').")
+        raise InputError(f"the file name is {name!r}: use a plain one, with sub-folders if you like ('styles/vivid').")
     file = place.joinpath(*parts)
     if file.suffix.lower() != suffix:
         file = file.with_name(file.name + suffix)
     if place.resolve() not in file.resolve().parents:
-        raise InputError(f"name is {name!r}: it leads outside of {place}.")
+        raise InputError(f"the file name is {name!r}: it leads outside of {place}.")
     return file
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import comfy.model_management
 import comfy.utils
-from PIL import Image
 
 from ...ipgo_engine.events import StepEvent
+from ...ipgo_engine.report import to_pil
 
 PREVIEW_SIDE = 512
 
@@ -47,9 +46,3 @@ def raise_interrupt() -> None:
     """End the node as ComfyUI expects a cancelled node to end, after what was learned is saved."""
     comfy.model_management.interrupt_current_processing(False)
     raise comfy.model_management.InterruptProcessingException
-
-
-def to_pil(image: Any) -> Image.Image:
-    """A PIL image of (3, H, W) in [0, 1]."""
-    pixels = image.detach().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().contiguous()
-    return Image.fromarray(pixels.numpy(), "RGB")

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...ipgo_engine.recompute import recompute
 from .compat import gradient_kernels
-from .interrupt import poll_interrupt
+from .interrupt import comfy_interrupt_as_cancelled, poll_interrupt
 
 Mode = Callable[[], AbstractContextManager[Any]]
 
@@ -63,10 +63,11 @@ def recomputed(function: Callable[..., Any], *args: Any, stock_mode: Mode = torc
             # Layers ask `requires_grad` to choose between kernels, whether gradients are on or not.
             full[index] = tensor if torch.is_grad_enabled() else tensor.detach()
         rebuilt_args, rebuilt_kwargs = tree_unflatten(full, layout)
-        if torch.is_grad_enabled():
-            return result.pack(function(*rebuilt_args, **rebuilt_kwargs))
-        with stock_mode():
-            packed = result.pack(function(*rebuilt_args, **rebuilt_kwargs))
+        with comfy_interrupt_as_cancelled():  # newer releases raise theirs from every layer, in the backward pass too
+            if torch.is_grad_enabled():
+                return result.pack(function(*rebuilt_args, **rebuilt_kwargs))
+            with stock_mode():
+                packed = result.pack(function(*rebuilt_args, **rebuilt_kwargs))
         return packed.clone() if packed.is_inference() else packed
 
     if torch.is_grad_enabled() and where:

@@ -8,6 +8,7 @@ from typing import Any
 from comfy.patcher_extension import WrappersMP
 
 from ...ipgo_engine.errors import InputError
+from .compat import is_dynamic
 from .wrappers import KEY
 
 CACHES = {"easycache": "EasyCache", "lazycache": "LazyCache"}
@@ -53,6 +54,16 @@ def _patch_makers(patcher: Any) -> Iterator[str]:
     for patches in patcher.model_options.get("transformer_options", {}).get("patches", {}).values():
         for patch in patches:
             yield getattr(patch, "__qualname__", "").split(".")[0]
+
+
+def refuse_paged(models: list[Any]) -> None:
+    """Refuse further models (ControlNets, patches with a network) whose weights are paged in and out."""
+    for model in models:
+        if is_dynamic(model):
+            raise InputError(
+                f"a {type(model.model).__name__} beside the model is in dynamic VRAM, where its weights may change "
+                "before the backward pass: start ComfyUI with --disable-dynamic-vram, or leave it out."
+            )
 
 
 def refuse_missing(vae: Any, clip: Any, needs_clip: bool) -> None:

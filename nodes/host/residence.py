@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
+import comfy.utils
 import torch
 from torch import Tensor, nn
 
@@ -37,10 +38,11 @@ def score(reward: Any, images: Tensor, prompts: list[str]) -> Tensor:
     device = comfy.model_management.get_torch_device()
     begin_run(reward)
     with torch.inference_mode(False), torch.no_grad(), resident([reward]):
-        scores = []
+        scores, bar = [], comfy.utils.ProgressBar(len(images))
         for image, prompt in zip(images, prompts, strict=True):
             comfy.model_management.throw_exception_if_processing_interrupted()
             scores.append(scores_of(reward, image[None].clone().float().to(device), [prompt]).cpu())
+            bar.update(1)
         return torch.cat(scores)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 def is_usable(tensor: Tensor) -> bool:
     """False for tensors autograd refuses: inference tensors, and those that lost their version counter."""
-    if tensor.is_inference() or not all(is_usable(part) for part in _quantized_parts(tensor).values()):
+    if tensor.is_inference() or not all(is_usable(part) for part in quantized_parts(tensor).values()):
         return False
     try:
         _ = tensor._version
@@ -26,7 +26,7 @@ def is_usable(tensor: Tensor) -> bool:
 
 def alias(tensor: Tensor) -> Tensor:
     """An ordinary tensor over the same memory. Inference mode must be off."""
-    parts = _quantized_parts(tensor)
+    parts = quantized_parts(tensor)
     if parts:
         parts = {name: part if is_usable(part) else alias(part) for name, part in parts.items()}
         data = parts.pop("_qdata")
@@ -37,7 +37,7 @@ def alias(tensor: Tensor) -> Tensor:
     return empty.set_(source.untyped_storage(), source.storage_offset(), source.size(), source.stride())
 
 
-def _quantized_parts(tensor: Tensor) -> dict[str, Tensor]:
+def quantized_parts(tensor: Tensor) -> dict[str, Tensor]:
     """What a quantized weight of newer releases consists of: its data and its scales; nothing for other tensors."""
     data, params = getattr(tensor, "_qdata", None), getattr(tensor, "_params", None)
     if data is None or not is_dataclass(params):
@@ -48,7 +48,7 @@ def _quantized_parts(tensor: Tensor) -> dict[str, Tensor]:
 
 def is_quantized(module: nn.Module) -> bool:
     """True when some weight of the module is a quantized tensor."""
-    return any(_quantized_parts(weight) for weight in module.parameters())
+    return any(quantized_parts(weight) for weight in module.parameters())
 
 
 def usable(value: Any) -> Any:
@@ -62,10 +62,17 @@ def usable(value: Any) -> Any:
     return value
 
 
+def _address(tensor: Tensor) -> tuple[torch.device, int]:
+    """Where a tensor lies; a quantized one where its data does."""
+    data = quantized_parts(tensor).get("_qdata", tensor)
+    return data.device, data.untyped_storage().data_ptr()
+
+
 class Aliases:
     """Replaces weights by aliases and puts the originals back.
 
-    Tied weights stay tied. A module that was reloaded in the meantime keeps what the reload gave it.
+    Tied weights stay tied. A module that was reloaded or moved in the meantime keeps what that gave it: the original
+    would still be where it was.
     """
 
     def __init__(self) -> None:
@@ -95,8 +102,8 @@ class Aliases:
         return seen[id(tensor)]
 
     def restore(self) -> None:
-        """Put every original back whose alias is still in place."""
+        """Put every original back whose alias is still in place, over the same memory."""
         for table, name, original, replacement in reversed(self._replaced):
-            if table.get(name) is replacement:
+            if table.get(name) is replacement and _address(replacement) == _address(original):
                 table[name] = original
         self._replaced.clear()

@@ -391,13 +391,13 @@ def test_batches_equal_their_parts(world):
     assert generator.sampling.cfg == CFG
 
 
-def control_net(seed=4):
-    """A ControlNet for the tiny model."""
+def control_net(seed=4, channels=3):
+    """A ControlNet for the tiny model, with a hint of so many channels."""
     import comfy.cldm.cldm
     import comfy.controlnet
     import comfy.ops
 
-    config = {**tiny.UNET, "hint_channels": 3}
+    config = {**tiny.UNET, "hint_channels": channels}
     for key in ("out_channels", "transformer_depth_output"):
         config.pop(key, None)
     heads = {"num_heads": 4, "num_head_channels": -1}
@@ -422,3 +422,93 @@ def test_control_net(world):
     assert torch.equal(ours(generator), expected)
     assert directional_error(generator, directions=2) < 3e-2
     assert torch.equal(stock(own, "euler"), expected)
+
+
+class Network:
+    """As packs patch attention: an object with a network made while a node ran, in inference mode."""
+
+    def __init__(self, width):
+        with host.node():
+            self.weights = {"to_k": torch.nn.Linear(width, width)}
+
+    def __call__(self, q, context, value, *rest):
+        return q, context + 0.1 * self.weights["to_k"](context), value
+
+    def as_function(self):
+        inner = self.weights
+        return lambda q, context, value, *rest: (q, context + 0.1 * inner["to_k"](context), value)
+
+
+@pytest.mark.parametrize("kind", ["object", "function"])
+def test_a_patch_may_bring_a_network(world, kind):
+    network = Network(tiny.UNET["context_dim"])
+    patched = world[0].clone()
+    patched.set_model_attn2_patch(network if kind == "object" else network.as_function())
+    expected = stock(world, "euler", model=patched)
+    assert not torch.equal(expected, stock(world, "euler"))
+    weight = network.weights["to_k"].weight
+    generator = make(world, "euler", model=patched)
+    assert torch.equal(ours(generator), expected)
+    assert directional_error(generator, directions=1) < 3e-2
+    assert network.weights["to_k"].weight is weight
+
+
+def test_a_control_net_in_dynamic_vram_is_refused(world, monkeypatch):
+    model, vae, _, negative = world
+    control = control_net()
+    monkeypatch.setattr(
+        type(control.control_model_wrapped),
+        "is_dynamic",
+        lambda self: self is control.control_model_wrapped,
+        raising=False,
+    )
+    with host.node():
+        hint = torch.rand(1, 64, 64, 3)
+        applied = comfy_nodes.ControlNetApplyAdvanced().apply_controlnet(
+            tiny.conditioning(1), negative, control, hint, 0.8, 0.0, 0.9
+        )
+    with pytest.raises(errors.InputError, match="--disable-dynamic-vram"):
+        our_gradients(make((model, vae, *applied), "euler"))
+
+
+def test_a_control_net_may_have_a_vae(world):
+    """As those of SD3, Flux and Qwen: the hint is encoded in the first step."""
+    model, vae, _, negative = world
+    control = control_net(channels=4)
+    with host.node():
+        other = tiny.vae()
+        hint = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(1))
+        control.latent_format = model.get_model_object("latent_format")
+        applied = comfy_nodes.ControlNetApplyAdvanced().apply_controlnet(
+            tiny.conditioning(1), negative, control, hint, 0.8, 0.0, 0.9, vae=other
+        )
+    own = (model, vae, *applied)
+    generator = make(own, "euler")
+    assert directional_error(generator, directions=1) < 3e-2
+
+
+@pytest.mark.parametrize("call", [2, 6])
+def test_cancel_inside_a_layer(world, monkeypatch, call):
+    """Newer releases raise their interrupt from every layer, and theirs is no `Exception`."""
+
+    class Interrupted(BaseException):
+        pass
+
+    monkeypatch.setattr(comfy.model_management, "InterruptProcessingException", Interrupted)
+    forward = type(world[0].model)._apply_model
+    calls = 0
+
+    def pressed(self, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise Interrupted
+        return forward(self, *args, **kwargs)
+
+    image = stock(world, "euler_ancestral")
+    before = weights_of(world)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(world[0].model), "_apply_model", pressed)
+        with pytest.raises(errors.Cancelled):
+            our_gradients(make(world, "euler_ancestral"))
+    assert_untouched(world, before, image)

@@ -190,3 +190,49 @@ def test_decoded_blocks_are_computed_again(world):
             gradients.append(torch.autograd.grad((images**2).sum(), latents)[0])
     assert decode.blocks(vae.first_stage_model)
     assert relative(gradients[1], gradients[0]) < 1e-6
+
+
+def in_file_precision(patcher, dtype):
+    """What a start with dynamic VRAM loads without paging: weights as in the file, beside the precision meant."""
+    comfy.model_management.archive_model_dtypes(patcher.model)
+    patcher.model.to(dtype)
+    return patcher
+
+
+@pytest.mark.skipif(not HAS_DYNAMIC, reason="this ComfyUI has no dynamic VRAM")
+def test_dynamic_vram_keeps_the_files_precision_and_the_clone_does_not(world):
+    """Files in float16 are common, VAEs that compute in another precision too."""
+    with host.node():
+        model = dynamic(world[0], (lambda disable_dynamic=False: in_file_precision(tiny.sd15(), torch.float16), ()))
+        vae = tiny.vae()
+        vae.patcher = dynamic(vae.patcher, (lambda disable_dynamic=False: halved_vae(), ()))
+    generator = make((model, vae, *world[2:]), "euler")
+    _, gradients = our_gradients(generator)
+    _, reference = our_gradients(make(world, "euler"))
+    for got, want in zip(gradients, reference, strict=True):
+        assert relative(got, want) < 2e-2
+
+
+def halved_vae():
+    with host.node():
+        return in_file_precision(tiny.vae().patcher, torch.float16)
+
+
+def test_weights_that_were_moved_meanwhile_stay_where_they_are():
+    """An unload moves the alias; the original, still in the old place, must not come back."""
+    with host.node():
+        module = torch.nn.Linear(4, 4)
+    originals = dict(module.named_parameters())
+    aliases = weights.Aliases()
+    aliases.apply(module)
+    module.weight.data = module.weight.data.clone()  # what `module.to` does between two devices
+    aliases.restore()
+    assert module.weight is not originals["weight"]
+    assert module.bias is originals["bias"]
+    assert torch.equal(module.weight, originals["weight"])
+
+
+def test_weights_on_a_device_that_is_called_without_a_number_are_at_home(monkeypatch):
+    """ComfyUI calls Apple's device `mps`, its tensors say `mps:0`."""
+    monkeypatch.setattr(comfy.model_management, "get_cast_buffer", lambda *a: None, raising=False)
+    compat.refuse_streaming(torch.nn.Linear(2, 2, device="meta"), torch.device("meta", 0))

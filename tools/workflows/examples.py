@@ -405,8 +405,9 @@ def own_checkpoint(w: Workflow, family: str, side: int, what: str) -> tuple[dict
 
         1. Choose your {family} checkpoint on the left. LoRAs and other patches go between it and the optimizer.
         2. As it comes, *Contrast Reward* is optimized, which needs no download: it shows that everything works.
-        3. For pictures people like better, put a reward model into **models/rewards** (the help page of each reward
-           node, the **?** on it, says which files) and connect *PickScore Reward* below instead.
+        3. For pictures people like better, fetch PickScore once with the node *Download Reward Weights* (about 4 GB;
+           or put another reward model into **models/rewards**, see the **?** of its node) and connect
+           *PickScore Reward* below instead.
 
         **Memory:** {memory}; when it runs
         out, fewer images are made at once and gradients go through fewer steps, and the report says so. Start with
@@ -416,7 +417,7 @@ def own_checkpoint(w: Workflow, family: str, side: int, what: str) -> tuple[dict
     loader = w.add("CheckpointLoaderSimple", ckpt_name=CHECKPOINTS[side].rsplit("/", 1)[1])
     loader.link_model(CHECKPOINTS[side], "checkpoints")
     reward = w.add("IPGOContrastReward", title="Reward that needs no download")
-    w.add("IPGOPickScoreReward", title="Connect this one instead (needs weights)")
+    w.add("IPGOPickScoreReward", title="Connect this one instead (needs weights)", weights="pickscore")
     text = prompt_node(w, "a lighthouse on a cliff at sunset, oil painting")
     return models(loader, ("MODEL", "CLIP", "VAE")), reward.out("reward"), text
 
