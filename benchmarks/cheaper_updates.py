@@ -29,6 +29,7 @@ from benchmarks.common import (
     interval,
     load_rewards,
     make_pipeline,
+    parse,
     read_prompts,
     sampler_settings,
     shown,
@@ -48,19 +49,20 @@ class ReusedTrajectory(DiffusersGenerator):
 
     def restart(self) -> None:
         """Before a run: nothing is kept from another."""
-        self._calls, self._kept = 0, torch.empty(0)
+        self._updates, self._kept = 0, torch.empty(0)
 
     def _denoise(self, guidance: Guidance, noise: Tensor, backprop_steps: int, checkpoint: bool) -> Tensor:
-        # The first picture is the raw prompt's: its trajectory is nobody else's.
-        fresh = self._calls == 0 or (self._calls - 1) % self.every == 0
-        self._calls += 1
+        # Without gradients no K is given: such a picture, the raw prompt's for one, has a trajectory of its own.
+        whole = backprop_steps == self.steps
+        fresh = whole or self._updates % self.every == 0
+        self._updates += not whole
         first = self.steps - backprop_steps
         run = self._sampler.run(noise[:, 1:])
         latents = noise[:, 0].to(self._dtype) * run.initial_sigma if fresh else self._kept
         for index, timestep in enumerate(self._sampler.timesteps):
             if index < first and not fresh:
                 continue
-            if index == first:
+            if index == first and not whole:
                 self._kept = latents.detach()
             inputs = (run.scale(latents, timestep), guidance.positive)
             output = call(self._prediction(timestep, guidance), *inputs, grad=index >= first, checkpoint=checkpoint)
@@ -188,7 +190,9 @@ def main() -> None:
     parser.add_argument("--last", type=int, default=3, help="K of the variants that stop gradients early")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--out", type=Path, default=Path("results/cheaper"))
-    options = parser.parse_args()
+    options = parse(parser)
+    if options.eta or options.sampler != "ddim":
+        parser.error("re-used trajectories need a sampler without memory or noise of its own: --sampler ddim --eta 0")
     bench, cells = Bench(options), {}
     for prompt in read_prompts(options):
         path = cells_of(options) / f"{slug(prompt)}.json"
