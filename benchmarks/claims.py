@@ -35,6 +35,7 @@ from benchmarks.common import (
     interval,
     load_rewards,
     make_generator,
+    parse,
     read_prompts,
     shortened,
     shown,
@@ -72,7 +73,10 @@ class Runner:
         return self._rewards[name]
 
     def run(self, entry: Entry, unit: Unit) -> dict[str, Any]:
-        """Gains per image, P(z), cost; tokens are learned anew for every seed, unless the entry's seeds share them."""
+        """Gains per image, P(z), cost; tokens are learned anew for every seed.
+
+        Those that seeds of the entry share are learned as often, each time from other first values.
+        """
         prompts = unit.prompts
         generator, counter = self.generator(entry)
         target = self.reward(entry.reward or self.options.reward)
@@ -80,10 +84,7 @@ class Runner:
         started = time.perf_counter()
         results: list[Any] = []
         if isinstance(entry.config, OptimizeConfig):
-            seeds = [(seed,) for seed in self.seeds] if len(entry.config.seeds) == 1 else [entry.config.seeds]
-            draw = self.options.draw
-            configs = [replace(entry.config, seeds=s, seed=s[0] if draw is None else draw) for s in seeds]
-            results = [train_tokens(generator, target, list(prompts), config) for config in configs]
+            results = [train_tokens(generator, target, list(prompts), config) for config in self._drawn(entry.config)]
         elif isinstance(entry.config, NoiseConfig):
             rows = [prompt for prompt in prompts for _ in self.seeds]
             results = [optimize_noise(generator, target, rows, entry.config, seeds=self.seeds * len(prompts))]
@@ -92,12 +93,20 @@ class Runner:
         found |= self._gains(results, generator.device)
         if isinstance(entry.config, OptimizeConfig):
             tests = {"fresh seeds": prompts, "unseen prompts": unit.unseen, "unseen categories": unit.elsewhere}
-            # As many fresh pictures whether every seed has tokens of its own or all share them.
+            # As many fresh pictures however many sets of tokens there are.
             fresh = [FRESH] if len(results) == 1 else [(seed,) for seed in FRESH]
             for name, texts in tests.items():
                 pairs = zip(results, fresh, strict=False)
                 found[name] = [g for r, seeds in pairs for g in self._transfer(entry, generator, r.best, texts, seeds)]
         return found
+
+    def _drawn(self, config: OptimizeConfig) -> list[OptimizeConfig]:
+        """One for every set of tokens: what it is trained on, and the seed of its first values."""
+        draw, shared = self.options.draw, len(config.seeds) > 1
+        if draw is None:
+            return [replace(config, seeds=config.seeds if shared else (seed,), seed=seed) for seed in self.seeds]
+        seeds = [config.seeds] if shared else [(seed,) for seed in self.seeds]
+        return [replace(config, seeds=own, seed=draw) for own in seeds]
 
     @torch.no_grad()
     def _gains(self, results: Sequence[Any], device: torch.device) -> dict[str, Any]:
@@ -259,7 +268,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--reference", help="label of the setting the others are compared with (default: the first)")
     parser.add_argument("--out", type=Path, default=Path("results/claims"))
-    options = parser.parse_args()
+    options = parse(parser)
     prompts = read_prompts(options)
     categories = read_categories(options.categories or CATEGORIES)
     index, count = (int(part) for part in options.shard.split("/"))

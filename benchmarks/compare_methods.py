@@ -29,6 +29,7 @@ from benchmarks.common import (
     cells_of,
     load_rewards,
     make_generator,
+    parse,
     read_prompts,
 )
 from benchmarks.compare_report import METHODS, path_of, put_into_readme, report
@@ -117,7 +118,10 @@ class Bench:
 
     @torch.no_grad()
     def _best_of_n(self, prompt: str) -> dict[str, Any]:
-        """Candidates of every seed: the seed itself, then seeds nobody else uses. The report picks N."""
+        """Candidates of every seed: the seed itself, then seeds of its own. The report picks N.
+
+        Random search draws from 20,000 (seed + 1) on, among which are candidates of other seeds here, never of its own.
+        """
         rows = []
         for seed in self.seeds:
             candidates = [seed, *(10_000 * (seed + 1) + i for i in range(self.options.most - 1))]
@@ -149,9 +153,9 @@ class Bench:
         return {"candidates": [row | {"thumbnails": records_only(row["target"], row["thumbnails"])} for row in pools]}
 
     def _ipgo(self, prompt: str) -> dict[str, Any]:
-        """Tokens of their own for every seed, as in the paper's prompt-wise training."""
+        """Tokens of their own for every seed, as in the paper's prompt-wise training, from a draw of their own."""
         results = [
-            train_tokens(self.generator, self.target, [prompt], replace(self.tokens, seeds=(seed,)))
+            train_tokens(self.generator, self.target, [prompt], replace(self.tokens, seeds=(seed,), seed=seed))
             for seed in self.seeds
         ]
         images, noise = torch.cat([r.image for r in results]), self.generator.draw_noise(self.seeds)
@@ -173,8 +177,9 @@ class Bench:
         return self._scores(result.image, prompt, result.best) | {"curve": curve(result)}
 
     def _joint(self, prompt: str) -> dict[str, Any]:
+        """One set of tokens, from one draw, for all seeds."""
         prompts = [prompt] * len(self.seeds)
-        config = JointConfig(tokens=self.tokens, noise=self.noise)
+        config = JointConfig(tokens=replace(self.tokens, seed=self.seeds[0]), noise=self.noise)
         result = optimize_jointly(self.generator, self.target, prompts, config, seeds=self.seeds)
         return self._scores(result.image, prompt, result.best[1]) | {"curve": curve(result)}
 
@@ -227,7 +232,7 @@ def main() -> None:
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th prompt, starting with the i-th")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--readme", action="store_true", help="with --report: put figure and table into the README")
-    options = parser.parse_args()
+    options = parse(parser)
     prompts = read_prompts(options)
     if not options.report:
         index, count = (int(part) for part in options.shard.split("/"))

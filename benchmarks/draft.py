@@ -29,6 +29,7 @@ from benchmarks.common import (
     interval,
     load_rewards,
     make_pipeline,
+    parse,
     read_prompts,
     sampler_settings,
     shown,
@@ -39,6 +40,7 @@ from ipgo_engine import OptimizeConfig, train_tokens
 from ipgo_engine.generators.diffusers import DiffusersGenerator
 
 GAINS = ("target", "held-out", "fresh seeds")
+COST = ("seconds", "evaluations")
 
 
 class Bench:
@@ -59,13 +61,19 @@ class Bench:
         } | {f"IPGO, lr {rate:g}": lambda seed, r=rate: self._ipgo(prompt, seed, r) for rate in self.options.token_lr}
         found = {}
         for name, method in methods.items():
-            self.counter.take()
-            started = time.perf_counter()
             parts = [method(seed) for seed in range(self.options.seeds)]
             found[name] = {key: [v for part in parts for v in part[key]] for key in GAINS}
-            found[name] |= {"seconds": time.perf_counter() - started, "evaluations": self.counter.take()}
+            found[name] |= {key: sum(part[key] for part in parts) for key in COST}
             found[name]["parameters"] = parts[0]["parameters"]
         return found
+
+    def _begin(self) -> None:
+        self.counter.take()
+        self.started = time.perf_counter()
+
+    def _cost(self) -> dict[str, float]:
+        """Of learning alone, from `_begin` on; pictures of fresh seeds only measure what was learned."""
+        return {"seconds": time.perf_counter() - self.started, "evaluations": self.counter.take()}
 
     def _image(self, prompt: str, noise: Tensor, tokens: Any = None, grad: bool = False) -> Tensor:
         conditioning = self.generator.encode([prompt]).select([0] * len(noise))
@@ -76,8 +84,12 @@ class Bench:
             return self.generator.generate(conditioning, noise, backprop_steps=1, checkpoint=False)
 
     def _ipgo(self, prompt: str, seed: int, rate: float) -> dict[str, Any]:
-        config = OptimizeConfig(epochs=self.options.epochs, seeds=(seed,), learning_rate=rate, checkpoint=False)
+        config = OptimizeConfig(
+            epochs=self.options.epochs, seeds=(seed,), seed=seed, learning_rate=rate, checkpoint=False
+        )
+        self._begin()
         result = train_tokens(self.generator, self.target, [prompt], config)
+        cost = self._cost()
         tokens = result.best.to(self.generator.device)
         before, after = self._held_out([result.start_image, result.image], prompt)
         noise = self.generator.draw_noise(FRESH)
@@ -87,12 +99,14 @@ class Bench:
             "held-out": [after - before],
             "fresh seeds": (fresh[1] - fresh[0]).tolist(),
             "parameters": tokens.num_parameters,
-        }
+        } | cost
 
     def _draft(self, prompt: str, seed: int, rate: float) -> dict[str, Any]:
         """Adam on a fresh LoRA; the best update counts."""
         noise, fresh = self.generator.draw_noise([seed]), self.generator.draw_noise(FRESH)
-        first, raw = self._image(prompt, noise), self._score(self._image(prompt, fresh), prompt)
+        raw = self._score(self._image(prompt, fresh), prompt)
+        self._begin()
+        first = self._image(prompt, noise)
         with fresh_lora(self.unet, self.options.rank, seed) as learned:
             optimizer = torch.optim.Adam(learned, lr=rate)
             start = self._score(first, prompt)
@@ -108,6 +122,7 @@ class Bench:
                 torch.autograd.backward(-reward.sum())
                 torch.nn.utils.clip_grad_norm_(learned, 1.0)
                 optimizer.step()
+            cost = self._cost()
             with torch.no_grad():
                 for parameter, value in zip(learned, kept, strict=True):
                     parameter.copy_(value)
@@ -118,7 +133,7 @@ class Bench:
             "held-out": [judged[1] - judged[0]],
             "fresh seeds": (after - raw).tolist(),
             "parameters": sum(p.numel() for p in learned),
-        }
+        } | cost
 
     @torch.no_grad()
     def _score(self, images: Tensor, prompt: str) -> Tensor:
@@ -160,7 +175,7 @@ def main() -> None:
     parser.add_argument("--lora-lr", type=float, nargs="*", default=[1e-3])
     parser.add_argument("--token-lr", type=float, nargs="*", default=[1e-3])
     parser.add_argument("--out", type=Path, default=Path("results/draft"))
-    options = parser.parse_args()
+    options = parse(parser)
     bench, cells = Bench(options), {}
     for prompt in read_prompts(options):
         path = cells_of(options) / f"{slug(prompt)}.json"

@@ -26,6 +26,7 @@ from benchmarks.common import (
     interval,
     load_rewards,
     make_generator,
+    parse,
     read_prompts,
     shown,
     slug,
@@ -35,6 +36,7 @@ from ipgo_engine import NoiseConfig, optimize_noise, rewards
 from ipgo_engine.report import from_pil, to_pil
 
 COLUMNS = ("reward", "changed versions", "after JPEG", "held-out")
+MINUS = "averaged minus plain"  # of the same picture
 UNSEEN = 12_345  # seed of the changes that only measure
 
 
@@ -121,7 +123,7 @@ def main() -> None:
     parser.add_argument("--reach", type=float, default=8 / 255, help="how far a pixel may move")
     parser.add_argument("--noise-lr", type=float, default=1e-2)
     parser.add_argument("--noise-backprop", type=int, default=0, help="K; 0 for all model steps")
-    options = parser.parse_args()
+    options = parse(parser)
     bench, table = Bench(options), []
     for what in options.of:
         cells = {}
@@ -129,7 +131,10 @@ def main() -> None:
             path = cells_of(options) / what / f"{slug(prompt)}.json"
             cells[prompt] = cached(path, lambda p=prompt, w=what: bench.run(p, w))
             print(f"{what}: {prompt}", flush=True)
-        for way in bench.ways:
+        for cell in cells.values():
+            ways = (cell["averaged"], cell["plain"])
+            cell[MINUS] = {name: [a - b for a, b in zip(*(w[name] for w in ways), strict=True)] for name in COLUMNS}
+        for way in (*bench.ways, MINUS):
             row: dict[str, Any] = {"ascent on": what, "reward": way}
             for name in COLUMNS:
                 values = [(prompt, value) for prompt, cell in cells.items() for value in cell[way][name]]
