@@ -4,7 +4,7 @@
     python -m benchmarks                    # everything on the demo model; PAPERS.md says where it was made with less
     python -m benchmarks --jobs 2           # the long questions shared by two processes
     python -m benchmarks --model FOLDER --reward hpsv2 --reward-path FILE --held-out clip --held-out-path FOLDER
-                                            # a diffusers model, the papers' settings: for a GPU
+                                            # a diffusers model, settings near the papers': for a GPU
     python -m benchmarks --show             # the commands, without running them
 
 Every command writes its table and its log below --out. Those that run many prompts go on where they stopped, so that a
@@ -26,7 +26,8 @@ from pathlib import Path
 
 DEMO = "--steps 8 --eta 0"
 LENGTHS = Path(__file__).parent / "demo_length_prompts.txt"  # ten short, ten medium, ten long
-PAPER = "--steps 50 --guidance 7.5 --size 512"
+PAPER = "--steps 50 --guidance 7.5 --size 512"  # with DDIM and eta 1, the defaults and the noise paper's choice
+LMS = "--sampler lms --eta 0"  # the IPGO paper's
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,21 @@ def toys(quick: bool) -> list[Command]:
 
 
 def paper_commands() -> list[Command]:
-    """The papers' own settings, which are the commands' defaults."""
+    """The papers' own rates, updates and K, which are the commands' defaults, and each paper's own sampler.
+
+    Where both methods are compared there is one sampler, the noise paper's; cheaper updates need DDIM with eta 0.
+    """
+    from benchmarks.claims_table import Budget, noise_questions, token_questions
+
+    budget = Budget(1, 1e-3, 1e-2, None, None, 30)
+    tokens, noise = (" ".join(asked(budget)) for asked in (token_questions, noise_questions))
     return [
         Command("compare", "compare_methods", "--free-lr 0.001", shared=True),
-        Command("claims", "claims", "--released-basis 30", shared=True),
+        Command("claims", "claims", f"{LMS} --released-basis 30 --question {tokens}", shared=True),
+        Command("claims", "claims", f"--question {noise} degenerate", shared=True),
         Command("whiteness", "whiteness", own_list=True),
-        Command("cheaper", "cheaper_updates", "--epochs 50"),
-        Command("draft", "draft"),
+        Command("cheaper", "cheaper_updates", "--eta 0 --epochs 50"),
+        Command("draft", "draft", LMS),
         Command("finetune", "finetune", "--iterations 50"),
         Command("robust", "robust_effect"),
         Command("iteration_cost", "iteration_cost", "--random sd15 --size 512 --dtype float16", samples=False),
@@ -140,14 +149,22 @@ def main() -> int:
     """Run the suite; the exit code is the number of commands that failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small budgets: every command runs, no number means much")
-    parser.add_argument("--model", help="a local diffusers folder; default: the demo model")
+    parser.add_argument("--model", help="a local diffusers folder; needs --reward and --held-out")
+    parser.add_argument("--reward", help="what is optimized")
+    parser.add_argument("--held-out", help="what is only watched")
     parser.add_argument("--jobs", type=int, default=1, help="processes for the questions that can be shared")
     parser.add_argument("--only", nargs="*", help="names of commands")
     parser.add_argument("--show", action="store_true", help="print the commands and stop")
     parser.add_argument("--out", type=Path, default=Path("results"))
     options, rest = parser.parse_known_args()
+    if options.model and not (options.reward and options.held_out):
+        from benchmarks.common import UNNAMED
+
+        parser.error(UNNAMED)
     commands = paper_commands() if options.model else demo_commands(options.quick)
-    rest = [*(PAPER if options.model else DEMO).split(), *(["--model", options.model] if options.model else []), *rest]
+    named = {"--model": options.model, "--reward": options.reward, "--held-out": options.held_out}
+    given = [part for option, value in named.items() if value for part in (option, value)]
+    rest = [*(PAPER if options.model else DEMO).split(), *given, *rest]
     chosen = [command for command in commands if options.only is None or command.name in options.only]
     if options.show:
         for command in chosen:

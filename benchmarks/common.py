@@ -20,6 +20,8 @@ from ipgo_engine import demo, rewards
 from ipgo_engine.generators.diffusers import DiffusersGenerator
 
 PROMPTS = Path(__file__).parent / "demo_prompts.txt"
+DEMO_REWARDS = {"reward": "demo-clip", "held_out": "demo-judge"}
+UNNAMED = "--model needs --reward and --held-out: the demo's rewards know emoji-like pictures only"
 FRESH = (1001, 1002, 1003)  # seeds nothing is trained on
 
 
@@ -61,10 +63,25 @@ def add_prompt_options(parser: argparse.ArgumentParser, prompts: int = 20, seeds
     parser.add_argument("--list", type=Path, default=PROMPTS, help="file of prompts, one per line")
     parser.add_argument("--prompts", type=int, default=prompts, help="how many of them")
     parser.add_argument("--seeds", type=int, default=seeds)
-    parser.add_argument("--reward", default="demo-clip", help="what is optimized")
+    add_reward_options(parser)
+
+
+def add_reward_options(parser: argparse.ArgumentParser) -> None:
+    """What is optimized and what is watched; `parse` fills in the demo model's."""
+    parser.add_argument("--reward", help="what is optimized (with the demo model: demo-clip)")
     parser.add_argument("--reward-path", help="its weights, for a reward that has some")
-    parser.add_argument("--held-out", default="demo-judge", help="what is only watched")
+    parser.add_argument("--held-out", help="what is only watched (with the demo model: demo-judge)")
     parser.add_argument("--held-out-path")
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line; a model of one's own is never judged by the demo's rewards unless they are named."""
+    options = parser.parse_args()
+    if options.model and not (options.reward and options.held_out):
+        parser.error(UNNAMED)
+    for name, demos in DEMO_REWARDS.items():
+        setattr(options, name, getattr(options, name) or demos)
+    return options
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:

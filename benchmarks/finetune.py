@@ -26,6 +26,7 @@ from benchmarks.common import (
     interval,
     load_rewards,
     make_pipeline,
+    parse,
     read_prompts,
     sampler_settings,
     shown,
@@ -117,7 +118,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--lora-lr", type=float, default=1e-3)
     parser.add_argument("--out", type=Path, default=Path("results/finetune"))
-    options = parser.parse_args()
+    options = parse(parser)
     prompts, bench = read_prompts(options), Bench(options)
     kept = {}
     for prompt in prompts:

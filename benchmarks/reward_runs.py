@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import add_generator_options, make_generator, write_table
+from benchmarks.common import add_generator_options, add_reward_options, make_generator, parse, write_table
 from ipgo_engine import NoiseConfig, OptimizeConfig, TokenConfig, optimize_noise, rewards, train_tokens
 from ipgo_engine.report import draw_curves, save_figure
 from ipgo_engine.rewards.judge import Judge, JudgeConfig
@@ -99,13 +99,10 @@ def main() -> None:
     parser.add_argument(
         "--perturbations", type=int, default=8, help="extra images per step for rewards without gradient"
     )
-    parser.add_argument("--reward", default="demo-clip")
-    parser.add_argument("--reward-path")
-    parser.add_argument("--held-out", default="demo-judge")
-    parser.add_argument("--held-out-path")
+    add_reward_options(parser)
     parser.add_argument("--head", help="sac+logos+ava1-l14-linearMSE.pth")
     parser.add_argument("--only", nargs="+", help="names of the rewards to run, of those that the table shows")
-    options = parser.parse_args()
+    options = parse(parser)
     generator, _ = make_generator(options)
     monitor = rewards.load(options.held_out, options.held_out_path, options.device)
     out, rows, found = Path(options.out), [], {}

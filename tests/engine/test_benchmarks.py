@@ -11,11 +11,23 @@ import pytest
 import torch
 
 from benchmarks.__main__ import LENGTHS, demo_commands, paper_commands
-from benchmarks.claims import CATEGORIES, Unit, cell, groups, read_categories, units
-from benchmarks.claims_table import Budget, Entry, questions
-from benchmarks.common import PROMPTS, EvaluationCounter, cached, interval, write_table
+from benchmarks.__main__ import main as suite
+from benchmarks.cheaper_updates import ReusedTrajectory
+from benchmarks.cheaper_updates import main as cheaper_updates
+from benchmarks.claims import CATEGORIES, Runner, Unit, cell, groups, read_categories, units
+from benchmarks.claims_table import Budget, Entry, questions, token_questions
+from benchmarks.common import (
+    PROMPTS,
+    EvaluationCounter,
+    add_generator_options,
+    add_prompt_options,
+    cached,
+    interval,
+    parse,
+    write_table,
+)
 from benchmarks.compare_report import at_equal_cost, pick
-from ipgo_engine import OptimizeConfig
+from ipgo_engine import OptimizeConfig, demo
 from ipgo_engine.recompute import recompute
 
 
@@ -107,6 +119,75 @@ def test_suite_asks_questions_that_exist(commands):
         words = shlex.split(command.arguments)
         if "--question" in words:
             assert set(words[words.index("--question") + 1 :]) <= known
+
+
+def test_a_model_of_ones_own_needs_rewards_of_ones_own(monkeypatch, capsys):
+    parser = argparse.ArgumentParser()
+    add_generator_options(parser)
+    add_prompt_options(parser)
+    monkeypatch.setattr("sys.argv", ["benchmark"])
+    assert (parse(parser).reward, parse(parser).held_out) == ("demo-clip", "demo-judge")
+    monkeypatch.setattr("sys.argv", ["benchmark", "--model", "folder", "--reward", "clip"])
+    for main in (lambda: parse(parser), suite):
+        with pytest.raises(SystemExit):
+            main()
+        assert "--model needs --reward and --held-out" in capsys.readouterr().err
+    named = "--model folder --reward clip --held-out aesthetic"
+    monkeypatch.setattr("sys.argv", ["benchmark", *shlex.split(named), "--show"])
+    assert suite() == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if "iteration_cost" not in line]
+    assert all(named in line for line in shown)
+
+
+def test_each_papers_questions_get_its_sampler():
+    asked = {}
+    for command in paper_commands():
+        if command.module == "claims":
+            options, _, names = command.arguments.partition("--question")
+            asked |= dict.fromkeys(names.split(), "--sampler lms --eta 0" in options)
+    budget = Budget(1, 1e-3, 1e-2, None, None, 1)
+    assert set(asked) == {*questions(budget), "degenerate"}
+    assert {name for name, lms in asked.items() if lms} == set(token_questions(budget))
+
+
+@pytest.mark.parametrize("wrong", ["--eta 1", "--eta 0 --sampler lms"])
+def test_trajectories_are_reused_with_a_sampler_that_allows_it_only(wrong, monkeypatch, capsys):
+    (command,) = (c for c in paper_commands() if c.module == "cheaper_updates")
+    assert "--eta 0" in command.arguments
+    monkeypatch.setattr("sys.argv", ["cheaper_updates", *wrong.split()])
+    with pytest.raises(SystemExit):
+        cheaper_updates()
+    assert "--sampler ddim --eta 0" in capsys.readouterr().err
+
+
+def test_a_picture_without_gradient_is_the_plain_samplers_wherever_it_comes():
+    generator = ReusedTrajectory(demo.load_pipeline(), steps=3, guidance_scale=1.0)
+    generator.every = 4
+    generator.restart()
+    conditioning, noise = generator.encode(["red heart"]), generator.draw_noise([0])
+    with torch.no_grad():
+        raw = generator.generate(conditioning, noise)
+        first, second = (generator.generate(conditioning, noise, backprop_steps=1) for _ in range(2))
+        assert torch.equal(generator.generate(conditioning, noise), raw)
+        third = generator.generate(generator.encode(["black cat"]), noise, backprop_steps=1)
+    assert torch.equal(first, raw)
+    assert torch.equal(second, raw)  # the same prompt: the kept latents are the right ones
+    assert not torch.equal(third, raw)
+
+
+def test_shared_tokens_are_drawn_as_often_as_others():
+    runner = Runner.__new__(Runner)
+    runner.options, runner.seeds = argparse.Namespace(draw=None), (3, 4)
+    own, shared = OptimizeConfig(), OptimizeConfig(seeds=(0, 1))
+
+    def drawn(config):
+        return [(made.seeds, made.seed) for made in runner._drawn(config)]
+
+    assert drawn(own) == [((3,), 3), ((4,), 4)]
+    assert drawn(shared) == [((0, 1), 3), ((0, 1), 4)]
+    runner.options.draw = 7
+    assert drawn(own) == [((3,), 7), ((4,), 7)]
+    assert drawn(shared) == [((0, 1), 7)]
 
 
 def test_prompts_by_length_are_ten_each_and_long_names_stay_apart(tmp_path):
