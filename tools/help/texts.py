@@ -56,8 +56,8 @@ prompt itself, the model and the text encoder stay as they are. Use the result w
 workflow.
 
 - **One line** in *prompt*: tokens for this prompt.
-- **Several lines**: one set of tokens for all of them; it also helps prompts that are like them.
-- **images_per_prompt**: 1 is fast and fits one seed. With 4 or more the tokens carry over to other seeds.
+- **Several lines**: one set of tokens for all of them. On the demo model it did not help prompts that were not there.
+- **images_per_prompt**: 1 is fast and fits one seed. With 4 more of the gain carries over to other seeds.
 """,
         LOOK_AT + KEEPING + RESTRICTIONS,
     ),
@@ -101,11 +101,13 @@ file says about itself. A damaged or foreign file is refused by name.
     "IPGONoiseOptimize": (
         """
 Starts from the picture of your seed and changes its **noise** until the reward rises. A regularizer keeps the noise
-likely under the Gaussian it should come from, which keeps the picture a picture.
+likely under the Gaussian it should come from. That prevents blank pages; a reward that contradicts the prompt still
+wears the picture down, so watch a held-out reward.
 
-- **P(z)** is a bound on how likely the noise is. Fresh noise has 0.1 to 0.6 at 128 pixels, 0.3 to 0.8 at 512 and more
-  at 1024. A noise bent to please the reward falls below that by powers of ten.
-- *regularization* 0 shows what happens without it: the reward climbs faster and the picture falls apart.
+- **P(z)** is a bound on how likely the noise is. At 128 pixels fresh noise has a median of 0.22, 14 % of it has less
+  than 0.1, and the lowest of 400 seeds has 0.012. A noise bent to please the reward falls below that by powers of ten.
+- *regularization* 0 shows what happens without it: P(z) falls, and a reward that contradicts the prompt can end in a
+  blank page. With a reward that reads the prompt the difference is small at moderate learning rates.
 - A latent batch optimizes several pictures at once, each with its own noise.
 """,
         """
@@ -125,8 +127,8 @@ Where *latent* would give another picture, nodes behind it stop with the reason.
     ),
     "IPGOJointOptimize": (
         """
-Learns tokens and optimizes the noise in the same run: the most reward for the same number of images. For pictures you
-want to keep. To reuse what was learned with other seeds, train tokens alone.
+Learns tokens and optimizes the noise in the same run: the most reward for the same number of images. On the demo model
+noise alone came out better in the held-out reward. To reuse what was learned with other seeds, train tokens alone.
 
 Connect *positive*, *negative* and *model* to a KSampler with the same settings, and it makes the same picture.
 """,
@@ -136,9 +138,9 @@ Connect *positive*, *negative* and *model* to a KSampler with the same settings,
         """
 Measures how likely a noise is under the Gaussian that samplers draw from. Two bounds (on the mean and on the
 covariance of blocks of values) are taken over many orders of the values, one of which puts the channels of a place
-together, where a shift of the whole picture's colour shows; P(z) is the smallest. Fresh noise gives 0.1 to 0.6 at
-128 pixels, 0.3 to 0.8 at 512 and more at 1024; noise that was optimized without a regularizer falls below that by
-powers of ten.
+together, where a shift of the whole picture's colour shows; P(z) is the smallest. At 128 pixels fresh noise gives a
+median of 0.22, 14 % of it less than 0.1, and the lowest of 400 seeds 0.012; noise that was optimized without a
+regularizer falls below that by powers of ten.
 """,
         "",
     ),
@@ -212,7 +214,7 @@ is made. Scores and gradients are the same; each step costs one copy of the weig
     "IPGORobustReward": (
         """
 Averages another reward over slightly cropped, shrunk and noisy versions of the picture. Patterns that please a
-reward on one exact grid of pixels, and nowhere else, no longer pay. Costs one more score per version.
+reward on one exact grid of pixels, and nowhere else, pay less. Costs one more score per version.
 """,
         "",
     ),
