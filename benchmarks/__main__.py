@@ -46,7 +46,6 @@ def demo_commands(quick: bool) -> list[Command]:
     """Settings that move the demo model in few updates; the papers' are for models of another size."""
     size = "--prompts 2 --seeds 1" if quick else "--prompts 20 --seeds 3"
     small = size if quick else "--prompts 20 --seeds 1"
-    few = size if quick else "--prompts 20 --seeds 2"
     tokens, noise = "--token-lr 0.02 --token-backprop 0", "--noise-lr 0.1 --noise-backprop 3"
     updates, least, longest = (2, 2, 4) if quick else (6, 10, 30)
     compare = (
@@ -56,8 +55,9 @@ def demo_commands(quick: bool) -> list[Command]:
     token_questions = "rotation plain" if quick else (
         "plain rotation category batch backprop preset one-word basis lengths rate scale seeds"
     )  # fmt: skip
-    noise_questions = "regularizer" if quick else "regularizer which mu block permutations"
-    costly = "black-box" if quick else "black-box over-parameterized"
+    longer_questions = "regularizer black-box" if quick else (
+        "regularizer which mu block permutations black-box over-parameterized"
+    )  # fmt: skip
     lengths = f"--list {shlex.quote(str(LENGTHS))} --prompts 30 --question short-prompts medium-prompts long-prompts"
     if quick:
         lengths = f"--list {shlex.quote(str(LENGTHS))} --question short-prompts"
@@ -65,14 +65,13 @@ def demo_commands(quick: bool) -> list[Command]:
         Command("compare", "compare_methods", f"{compare} {tokens} {noise} {size}", shared=True),
         Command("claims", "claims", f"--epochs {updates} {claims} --question constraints", shared=True),
         Command("claims", "claims", f"--epochs {2 if quick else 4} {claims} --question {token_questions}", shared=True),
-        Command("claims", "claims", f"--epochs {least} {claims} --question {noise_questions}", shared=True),
+        Command("claims", "claims", f"--epochs {least} {claims} --question {longer_questions}", shared=True),
         Command("claims", "claims", f"--epochs {2 if quick else 4} {claims} {lengths}", shared=True),
-        Command("claims", "claims", f"--epochs {least} {tokens} {noise} {small} --question {costly}", shared=True),
         Command("claims", "claims", f"{size} --question degenerate"),
         Command("whiteness", "whiteness", f"--learning-rate 0.05 --backprop 3 --iterations {longest}", own_list=True),
         Command("cheaper", "cheaper_updates", f"--learning-rate 0.02 --epochs {updates} {small}"),
         Command("draft", "draft", f"--epochs {3 if quick else 12} --token-lr 0.02 {size}"),
-        Command("finetune", "finetune", f"{noise} {few} --iterations {least} --updates {20 if quick else 300}"),
+        Command("finetune", "finetune", f"{noise} {size} --iterations {least} --updates {20 if quick else 300}"),
         Command("robust", "robust_effect", f"{noise} --iterations {longest} --prompts {2 if quick else 6}"),
         *toys(quick),
         Command("iteration_cost", "iteration_cost", f"--repeats {1 if quick else 3}", samples=False),

@@ -49,8 +49,8 @@ def noise_inputs() -> list[Any]:
         ),
         io.Float.Input(
             "regularization", default=1.0, min=0.0, max=1000.0, step=0.1, round=0.0001,
-            tooltip="Weight of the term that keeps the noise looking like noise. 0 switches it off: the reward then "
-            "climbs faster and the picture falls apart; P(z) in the curve shows it.",
+            tooltip="Weight of the term that keeps the noise looking like noise. 0 switches it off: P(z) in the curve "
+            "then falls, and a reward that contradicts the prompt can end in a blank page.",
         ),
         io.Combo.Input(
             "which_noise", options=["all", "initial"], default="all",
@@ -240,8 +240,8 @@ class IPGONoiseProbability(io.ComfyNode):
             node_id="IPGONoiseProbability",
             display_name="Noise Probability",
             category=CATEGORY,
-            description="How likely a noise is under the Gaussian that samplers draw from: 0.1 to 0.9 for fresh "
-            "noise, thousands of times less for noise that was bent to please a reward.",
+            description="How likely a noise is under the Gaussian that samplers draw from: mostly 0.1 to 0.9 for fresh "
+            "noise, rarely 0.01, and powers of ten less for noise that was bent to please a reward.",
             inputs=[
                 io.Latent.Input("latent",
                     tooltip="With noise connected: gives its shape. Otherwise it is itself measured."),
