@@ -94,7 +94,7 @@ class IPGOTrainTokens(io.ComfyNode):
                 reward_input("What the images are to score high on."),
                 *prompt_inputs(
                     "One prompt per line. One line: tokens for this prompt. Several lines: one set of tokens that "
-                    "serves them all, and prompts like them."
+                    "serves them all."
                 ),
                 *size_inputs(512),
                 seed_input("Seed of the images that tokens are trained on."),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 
+import comfy.model_management
 import host
 import nodes as comfy_nodes
 import pytest
@@ -156,3 +159,24 @@ def test_a_masked_batch_is_handed_over_whole(world, custom_sampler, sampler):
         alone = handover_module.Handover(generator, noise[:1])
         assert torch.equal(through_custom(world, custom_sampler, alone, single), first)
     assert float((image[0] - first[0]).abs().max()) < 1e-5
+
+
+def test_what_is_handed_over_holds_no_vae_and_no_prompt():
+    """A MODEL with noise may lie in ComfyUI's cache for hours."""
+    with host.node():
+        model, vae = tiny.sd15(), tiny.vae()
+        generator = make((model, vae, tiny.conditioning(1), tiny.conditioning(2)), "euler_ancestral")
+    handed = handover_module.Handover(generator, changed(generator)).model()
+    watched = weakref.ref(vae), weakref.ref(generator)
+    del generator, vae
+    gc.collect()
+    assert [ref() for ref in watched] == [None, None]
+    assert handed is not None
+
+
+def test_a_latent_on_the_gpu_is_handed_over(world):
+    """Where EmptyLatentImage puts it with --gpu-only."""
+    device = comfy.model_management.get_torch_device()
+    generator = make(world, "euler", latent={"samples": torch.zeros(1, 4, 8, 8, device=device)})
+    handed = handover_module.Handover(generator, changed(generator))
+    assert handed.latent()["samples"].device.type == "cpu"
