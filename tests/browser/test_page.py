@@ -206,7 +206,7 @@ def test_a_template_is_cancelled_on_the_page(page, server):
     assert page.problems == []
 
 
-def test_help_page_opens(page, server):
+def test_the_help_of_a_node_can_be_fetched_by_the_page(page, server):
     load(page, "1_demo_train_and_compare")
     text = page.evaluate("async () => await (await fetch('/extensions/ipgo/docs/IPGOTrainTokens/en.md')).text()")
     assert text.startswith("# IPGO Train Tokens")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
-# --- IPGO: rotations, tokens, penalty, loss (eqs. 2 to 12) --------------------------------------------------------
+# --- IPGO: rotations, tokens, penalty, constraints (eqs. 2 to 11) -------------------------------------------------
 
 
 def elementary_rotation(angle: float) -> Array:
@@ -59,11 +59,6 @@ def conformity(inserted: Array, prompt: Array) -> float:
 def conformity_l1_mean(inserted: Array, prompt: Array) -> float:
     """The released notebook's penalty: mean over coordinates of |mean_j T_j - mean_k f(C)_k|."""
     return float(np.abs(inserted.mean(1) - prompt.mean(1)).sum() / prompt.shape[0])
-
-
-def loss(reward: float, penalty: float, gamma: float = 1e-3) -> float:
-    """Eq. 12."""
-    return -reward + gamma * penalty
 
 
 def project_coefficients(coefficients: Array, bound: float = 1.0) -> Array:

@@ -11,19 +11,12 @@ import torch
 from ipgo_engine import demo, rewards
 
 FOLDER = demo.model_path()
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def pipeline():
     return demo.load_pipeline()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_weights_are_small_float16_safetensors_and_nothing_else():

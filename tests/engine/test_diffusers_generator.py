@@ -8,7 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -31,16 +31,10 @@ LONG = "a cat on the moon in the rain and a red dog on the moon in the rain and 
 ALL_SAMPLERS = [(name, 0.0) for name in SAMPLERS] + [("ddim", 0.5), ("ddim", 1.0)]
 NOISY = [("ddim", 1.0), ("ddim", 0.5), ("euler_ancestral", 0.0), ("dpmpp_2m_sde", 0.0)]
 GRADIENT_SAMPLERS = [("ddim", 0.0), ("ddim", 1.0), *((name, 0.0) for name in SAMPLERS if name != "ddim")]
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation", "ignore:`upcast_vae`")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small lose time to a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:__array__ implementation", "ignore:`upcast_vae`"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +172,14 @@ def test_half_precision_equals_stock(kind: str, dtype: torch.dtype) -> None:
     assert torch.equal(found, expected)
     assert found.dtype == generator.draw_noise([1]).dtype == generator.encode(["a"]).embeddings.dtype == torch.float32
     assert pipeline.vae.dtype == dtype
+
+
+def test_an_sdxl_vae_with_moments_of_its_latents_equals_stock() -> None:
+    pipeline, plain = tiny.sdxl(), tiny.sdxl()
+    pipeline.vae.register_to_config(latents_mean=[-1.6, 0.4, 2.0, -0.7], latents_std=[8.4, 5.9, 3.0, 5.2])
+    expected = stock(pipeline, ["red dog"], [3])
+    assert torch.equal(image(make(pipeline), ["red dog"], [3]), expected)
+    assert not torch.allclose(image(make(plain), ["red dog"], [3]), expected, atol=0.01)
 
 
 def test_a_model_with_the_guidance_scale_as_input_equals_stock() -> None:

@@ -146,6 +146,17 @@ def test_gradients_of_a_batch_do_not_mix():
         torch.testing.assert_close(together[row], gradient, rtol=1e-4, atol=1e-6)
 
 
+def test_typical_noise_beside_it_does_not_change_the_gradient_of_another():
+    z = torch.stack([gaussian(1024, seed=1), 1.4 * gaussian(1024, seed=2)]).requires_grad_()
+    regularizer = NoiseRegularizer(4, 10)
+    (together,) = torch.autograd.grad(regularizer.measure(z)[0].sum(), z)
+    for row, gradient in zip(z.detach(), together, strict=True):
+        row.requires_grad_()
+        (alone,) = torch.autograd.grad(regularizer.log_probability(row), row)
+        torch.testing.assert_close(gradient, alone, rtol=1e-4, atol=1e-6)
+    assert together[1].norm() > 10 * together[0].norm()
+
+
 def test_chunks_do_not_change_the_result():
     """A noise large enough for several chunks of permutations, against the reference on the same orders."""
     z = 1.02 * gaussian(40_000, seed=4)

@@ -58,6 +58,21 @@ def test_writing_in_place_keeps_the_gradient_right() -> None:
     assert all(torch.allclose(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def test_tensors_that_lie_where_an_overwritten_one_lay_are_not_taken_for_it() -> None:
+    def function(x: Tensor) -> Tensor:
+        total = torch.zeros_like(x)
+        for factor in range(1, 20):
+            hidden = x * factor
+            total = total + hidden.square()
+            hidden.zero_()
+            del hidden
+        return total
+
+    x, _ = inputs()
+    (found,) = torch.autograd.grad(recompute(function, x).sum(), x)
+    assert torch.allclose(found, 2 * x * sum(factor**2 for factor in range(1, 20)))
+
+
 def test_a_function_that_writes_in_place_is_recognised_once() -> None:
     calls: list[int] = []
 

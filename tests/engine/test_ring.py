@@ -5,8 +5,6 @@ Rewards rise; a learned model is hacked, and the regularizer holds it. Comments 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -16,15 +14,7 @@ from tests.engine.ring import OUTER, RingGenerator, corner, exact_mean, learned_
 
 PROMPTS = ["a ring"] * 48
 SETTINGS = {"iterations": 300, "learning_rate": 1e-2, "checkpoint": False}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny: several threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""IPGO tokens against the independent NumPy version of eqs. 2 to 12, and what their files promise."""
+"""IPGO tokens against the independent NumPy version of eqs. 2 to 11, and what their files promise."""
 
 from __future__ import annotations
 
@@ -97,6 +97,14 @@ def test_a_fresh_start_obeys_every_constraint():
     assert tokens.norms()["prefix"] == pytest.approx(math.sqrt(30 / 3), rel=0.2)
 
 
+def test_a_fresh_start_fills_the_bounds_and_plain_tokens_are_as_long_as_low_rank_ones():
+    bounded = IPGOTokens(64, TokenConfig(value_bound=0.25))
+    for side in ("prefix", "suffix"):
+        assert 0.2 < np.abs(numpy_side(bounded, side)["coefficients"]).max() <= 0.25
+    plain, low_rank = (IPGOTokens(64, TokenConfig(low_rank=choice)).norms() for choice in (False, True))
+    assert plain == pytest.approx(low_rank, rel=0.25)
+
+
 def test_shared_rotations_keep_the_basis_orthonormal():
     p = numpy_side(make(), "prefix")
     rotated = reference.tokens(p["basis"], np.eye(5), p["angles"].reshape(2))
@@ -163,7 +171,7 @@ def test_only_the_released_clamp_kills_the_gradient_beyond_the_bound():
         assert (float(z.grad[0, 0]) == 0.0) is dead
 
 
-# --- insertion, penalty, loss (eqs. 2, 9, 11) -------------------------------------------------------------------
+# --- insertion and penalty (eqs. 2, 9, 11) ----------------------------------------------------------------------
 
 
 def test_insert_is_concatenation_in_order():

@@ -15,7 +15,7 @@ from ipgo_engine.generators.samplers import SAMPLERS
 
 from . import tiny_pipelines as tiny
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:__array__ implementation")]
 SETTINGS = [("ddim", 0.0), ("ddim", 1.0), *((name, 0.0) for name in SAMPLERS if name != "ddim")]
 CONFIG = TokenConfig(prefix_length=2, suffix_length=2, basis_size=4, scale=3.0)
 PROMPTS = ["a cat on the moon", "red dog"]
@@ -25,14 +25,6 @@ def reward(images: Tensor) -> Tensor:
     """Smooth, not symmetric, different for every channel."""
     weight = torch.tensor([1.0, -0.5, 0.25]).to(images).view(3, 1, 1)
     return (weight * images.square()).mean(dim=(1, 2, 3))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +69,3 @@ def test_learned_parameters_and_every_noise_to_reward(pipelines, sampler, eta, c
         found = float((gradients[chosen].double() * shift[chosen]).sum())
         size = float(gradients[chosen].norm() * shift[chosen].norm()) / points[chosen].numel() ** 0.5
         assert found == pytest.approx(slope, rel=1e-3, abs=1e-3 * size)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 4])
-def test_truncation_is_the_gradient_of_the_last_model_steps_alone(pipelines, steps):
-    """Tokens inserted from the last K steps on, raw prompts before: the same derivative, by finite differences."""
-    exact = DiffusersGenerator(pipelines[1], sampler="ddim", steps=4, guidance_scale=4.0)
-    tokens = IPGOTokens(exact.dim, CONFIG).double()
-    noise = exact.draw_noise([0, 1]).double()
-    gradient = torch.autograd.grad(
-        score(exact, tokens, noise, backprop_steps=steps), list(tokens.parameters()), allow_unused=True
-    )
-    full = torch.autograd.grad(score(exact, tokens, noise), list(tokens.parameters()))
-    same = all(torch.allclose(a, b, rtol=1e-6, atol=1e-12) for a, b in zip(gradient, full, strict=True))
-    assert same == (steps == 4)

@@ -170,7 +170,7 @@ def test_a_long_answer_does_not_hold_the_process(text):
 def test_scores_prompt_and_picture_reach_the_endpoint():
     endpoint = Endpoint()
     with serving(endpoint.handler()) as url:
-        reward = judge(url, model="tiny-vlm", extra={"seed": 1})
+        reward = judge(url, model="tiny-vlm", max_tokens=77, extra={"seed": 1})
         assert isinstance(reward, rewards.Reward)
         assert not reward.differentiable
         scores = reward.score(batch(0.0, 0.5, 1.0), ["black", "grey {x}", "white"])
@@ -180,7 +180,8 @@ def test_scores_prompt_and_picture_reach_the_endpoint():
     texts = " ".join(body["messages"][0]["content"][1]["text"] for body in bodies)
     assert "grey {x}" in texts
     assert "from 0 (worst) to 10 (best)" in texts
-    assert {(body["model"], body["seed"], body["temperature"]) for body in bodies} == {("tiny-vlm", 1, 0)}
+    sent = {(body["model"], body["seed"], body["temperature"], body["max_tokens"]) for body in bodies}
+    assert sent == {("tiny-vlm", 1, 0, 77)}
     assert not any("Authorization" in headers for _, headers, _ in endpoint.seen)
 
 
@@ -210,7 +211,10 @@ def test_the_same_picture_and_prompt_in_one_batch_are_sent_once():
 
 @pytest.mark.parametrize(
     "bad",
-    [(500, "boom"), (429, "busy"), (200, "not json"), (200, chat("lovely!")), (200, "{}"), (200, "[" * 100_000)],
+    [
+        *((status, "later") for status in (408, 409, 425, 429, 500, 503)),
+        *((200, text) for text in ("not json", chat("lovely!"), "{}", "[" * 100_000)),
+    ],
     ids=lambda bad: f"{bad[0]} {bad[1][:20]}",
 )
 def test_a_failure_that_may_pass_is_tried_again(bad):

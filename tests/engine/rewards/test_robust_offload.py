@@ -45,6 +45,61 @@ def test_robust_is_the_mean_of_its_versions_and_deterministic(clip):
     assert robust.name == "robust(clip)"
 
 
+class Watching:
+    """Keeps what it is shown."""
+
+    name, differentiable = "watching", True
+
+    def __init__(self):
+        self.shown = []
+
+    def score(self, images, prompts):
+        self.shown.append(images)
+        return images.mean((1, 2, 3))
+
+
+def versions_of(picture, **settings):
+    """The changed versions of a picture that a reward sees."""
+    watching = Watching()
+    rewards.Robust(watching, samples=40, **({"crop": 0.0, "resample": 0.0, "noise": 0.0} | settings)).score(
+        picture, [""]
+    )
+    return watching.shown[1:]
+
+
+def test_crops_are_windows_of_all_sizes_in_all_places():
+    rows, columns = (torch.linspace(0, 1, size) for size in (100, 200))
+    places = torch.stack(torch.broadcast_tensors(rows[:, None], columns[None], torch.zeros(())))[None]
+    windows = versions_of(places, crop=0.15)
+    heights, widths = zip(*(window.shape[-2:] for window in windows), strict=True)
+    assert 85 <= min(heights) < 88 <= 97 < max(heights) <= 100
+    assert 170 <= min(widths) < 176 <= 194 < max(widths) <= 200
+    for axis, size in ((0, 100), (1, 200)):
+        starts = [window[0, axis, 0, 0].item() * (size - 1) for window in windows]
+        ends = [size - 1 - window[0, axis, -1, -1].item() * (size - 1) for window in windows]
+        assert min(starts + ends) > -0.01
+        assert max(starts) > 0.05 * size
+        assert max(ends) > 0.05 * size
+
+
+def test_resampled_versions_are_smaller_whole_pictures():
+    ramp = torch.linspace(0, 1, 200).expand(1, 3, 100, 200)
+    versions = versions_of(ramp, resample=0.3)
+    heights = [version.shape[-2] for version in versions]
+    assert 70 <= min(heights) < 76 <= 94 < max(heights) <= 100
+    for version in versions:
+        assert version.shape[-1] == pytest.approx(2 * version.shape[-2], abs=1)
+        assert version[0, 0, 0, 0] < 0.01
+        assert version[0, 0, 0, -1] > 0.99
+
+
+def test_noise_has_the_size_asked_for_and_differs_between_versions():
+    versions = versions_of(torch.full((1, 3, 64, 64), 0.5), noise=0.05)
+    assert all(version.std().item() == pytest.approx(0.05, rel=0.1) for version in versions)
+    assert all(version.mean().item() == pytest.approx(0.5, abs=0.005) for version in versions)
+    assert not torch.equal(versions[0], versions[1])
+
+
 def test_robust_leaves_the_callers_random_numbers_alone():
     before = torch.random.get_rng_state()
     rewards.Robust(rewards.load("brightness")).score(batch(), ["", ""])

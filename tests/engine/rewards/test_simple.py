@@ -122,6 +122,16 @@ def test_calibration_gives_every_part_mean_zero_and_spread_one():
         rewards.Weighted(parts).calibrated(torch.zeros(3, 3, 8, 8), [""] * 3)
 
 
+def test_calibration_keeps_the_weights():
+    batch, prompts = torch.linspace(0, 1, 6).view(6, 1, 1, 1) * images(6, 3, 16, 16), ["x"] * 6
+    parts = [(rewards.load("brightness"), 2.0), (rewards.load("contrast"), -0.5)]
+    found = rewards.Weighted(parts).calibrated(batch, prompts)
+    scores = [(weight, reward.score(batch, prompts)) for reward, weight in parts]
+    expected = sum(weight * (score - score.mean()) / score.std() for weight, score in scores)
+    torch.testing.assert_close(found.score(batch, prompts), expected)
+    assert found.name == rewards.Weighted(parts).name
+
+
 def test_weighted_is_differentiable_only_when_every_part_is():
     bright, size = rewards.load("brightness"), rewards.load("jpeg")
     assert rewards.Weighted([(bright, 1.0)]).differentiable

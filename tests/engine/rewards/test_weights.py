@@ -1,6 +1,7 @@
 """The table of weights, their download, and files that are not what they claim to be."""
 
 import hashlib
+import http.client
 import http.server
 import io
 import json
@@ -427,6 +428,28 @@ def test_odd_addresses(table, tmp_path, odd):
     handler.send_header = elsewhere
     with serving(handler) as host, pytest.raises(InputError, match="not an http or https address"):
         rewards.download("clip", tmp_path, report=str, host=host)
+
+
+def test_a_redirect_from_https_to_http_is_not_followed(table, tmp_path, monkeypatch):
+    def without_encryption(host, port, timeout, context):
+        return http.client.HTTPConnection(host, port, timeout=timeout)
+
+    monkeypatch.setattr(http.client, "HTTPSConnection", without_encryption)
+    hub = Hub()
+    handler, plain = hub.handler(), hub.handler().send_header
+
+    def unencrypted(self, name, value):
+        plain(self, name, f"http://{self.headers['Host']}{value}" if name == "Location" else value)
+
+    with serving(handler) as host:
+        address = host.replace("http://", "https://")
+        assert rewards.download("clip", tmp_path / "relative", report=str, host=address).is_dir()
+        hub.seen.clear()
+        handler.send_header = unencrypted
+        with pytest.raises(InputError, match="redirects to an unencrypted address: not followed"):
+            rewards.download("clip", tmp_path / "absolute", report=str, host=address)
+    assert hub.seen
+    assert not any(path.startswith("/store") for _, path, _ in hub.seen)
 
 
 @pytest.mark.parametrize("change", [{"size": "big"}, {"sha256": 5}, {"sha256": None}, {"converted sha256": []}])
