@@ -61,9 +61,8 @@ class Watching:
 def versions_of(picture, **settings):
     """The changed versions of a picture that a reward sees."""
     watching = Watching()
-    rewards.Robust(watching, samples=40, **({"crop": 0.0, "resample": 0.0, "noise": 0.0} | settings)).score(
-        picture, [""]
-    )
+    off = {"crop": 0.0, "resample": 0.0, "noise": 0.0}
+    rewards.Robust(watching, samples=40, **(off | settings)).score(picture, [""])
     return watching.shown[1:]
 
 
