@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .errors import InputError
 
 Gradient = Literal["auto", "exact", "zeroth-order", "hybrid-image", "hybrid-noise", "bayesian"]
-GRADIENTS: tuple[Gradient, ...] = ("auto", "exact", "zeroth-order", "hybrid-image", "hybrid-noise", "bayesian")
+GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
+
+
+def whole_numbers(seeds: Iterable[Any]) -> list[int]:
+    """Seeds as Python's own integers, which is what files hold; NumPy's are taken, too."""
+    try:
+        return [operator.index(seed) for seed in seeds]
+    except TypeError:
+        raise InputError(f"seeds is {seeds!r}: give whole numbers.") from None
 
 
 def _require(condition: bool, name: str, value: Any, rule: str) -> None:
@@ -72,7 +82,7 @@ class LoopConfig:
     checkpoint: bool = True  # recompute activations: slower by about a third, memory flat in the number of steps
     gradient: Gradient = "auto"  # "exact" where the reward is differentiable, else "hybrid-noise"
     # ("bayesian" searches the token coefficients with a Gaussian process; tokens only)
-    perturbations: int = 8  # samples per estimated gradient, for every kind of `gradient` but "exact"
+    perturbations: int = 8  # samples per estimated gradient, for the estimated kinds of `gradient`
     perturbation_scale: float = 0.05  # mu: size of one perturbation
     micro_batch: int | None = None  # images generated at once; None is all, halved when memory runs out
     monitor_every: int = 5  # steps between measurements of the held-out rewards
@@ -121,6 +131,7 @@ class OptimizeConfig(LoopConfig):
         _require(self.conformity >= 0, "conformity", self.conformity, "use 0 or more")
         norms = ("l2-squared", "l1-mean")
         _require(self.conformity_norm in norms, "conformity_norm", self.conformity_norm, f"use one of {norms}")
+        object.__setattr__(self, "seeds", tuple(whole_numbers(self.seeds)))
         _require(len(self.seeds) > 0, "seeds", self.seeds, "give at least one seed")
         batch_ok = self.batch_size is None or self.batch_size >= 1
         _require(batch_ok, "batch_size", self.batch_size, "use 1 or more, or None for all prompts at once")
@@ -148,7 +159,7 @@ class NoiseConfig(LoopConfig):
     which: Literal["initial", "all"] = "all"  # the initial latent only, or every injected noise too
     block_size: int | None = None  # k; None chooses it from the number of values
     permutations: int = 100  # b
-    min_probability: float | None = None  # stop an image whose P(z) falls below this
+    min_probability: float | None = None  # noise below it is never the best; when all of it is, the run ends
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .memory import is_out_of_memory, save_memory
 from .problems import Problem, restore, snapshot
 from .rewards.base import Reward, begin_run
 
+Measured = TypeVar("Measured")
 RETRIES = 3  # how often a run goes back to its best after a non-finite number before it gives up
 VALIDATION_ROWS = 16  # images of one validation pass when an epoch has several updates
 
@@ -81,7 +82,7 @@ class Loop:
         begin_run(self.task.reward, *self.monitors.values())
         try:
             if self.start is None and self.problem.shared:
-                start = self._guarded(self._evaluate_start)
+                start = self._guarded(self._evaluate_start, len(self.result_rows))
                 self._refuse(self._trouble(start))
                 self.start = start
             while True:
@@ -107,22 +108,23 @@ class Loop:
         """One evaluation and, but for the last step, one update. False when the run is over."""
         started, step, last = time.perf_counter(), self.update, self.update >= self.total
         rows = self.problem.rows(step)
-        evaluation = self._guarded(lambda: self._evaluate(rows, last))
+        evaluation = self._guarded(lambda: self._evaluate(rows, last), len(rows), gradients=not last)
         penalty, probability = self.problem.regularize(rows)
         trouble, norm = self._trouble(evaluation), 0.0
         judged = None if trouble else self._judged(rows, evaluation)
         if judged:
             trouble = self._trouble(judged[1])
-        if not trouble:
-            self._remember(judged, probability)
-            if not last:
-                norm = self._gradient(rows, penalty)
-                trouble = None if math.isfinite(norm) else "the gradient is not finite"
+        if not trouble and not last:
+            norm = self._gradient(rows, penalty)
+            trouble = None if math.isfinite(norm) else "the gradient is not finite"
         if trouble:
             return self._recover(trouble, last)
+        self._remember(
+            judged, probability
+        )  # not before the gradient is known: `_recover` would come back here for ever
+        monitors = self._measure(judged, step, last)  # before the update: a step cancelled in here is taken again
         if not last:
             self._apply(evaluation, penalty)
-        monitors = self._measure(judged, step, last)
         seconds = time.perf_counter() - started
         self._report(step, evaluation, probability, float(penalty.detach()) / len(rows), norm, monitors, seconds)
         return not (last or self._should_stop(step, probability))
@@ -136,7 +138,7 @@ class Loop:
             return rows, evaluation
         if self.update % self.problem.updates_per_epoch:
             return None
-        return self.result_rows, self._guarded(lambda: self.task.evaluate(self.result_rows))
+        return self.result_rows, self._guarded(lambda: self.task.evaluate(self.result_rows), len(self.result_rows))
 
     def _evaluate(self, rows: list[int], last: bool) -> Evaluation:
         self.optimizer.zero_grad(set_to_none=True)
@@ -145,8 +147,11 @@ class Loop:
     def _evaluate_start(self) -> Evaluation:
         return self.task.evaluate(self.result_rows, self.problem.start_inputs)
 
-    def _guarded(self, evaluate: Any) -> Evaluation:
-        """Call `evaluate`, again with less memory each time memory runs out."""
+    def _guarded(self, evaluate: Callable[[], Measured], rows: int, gradients: bool = False) -> Measured:
+        """Call `evaluate`, which makes or scores so many images, again with less memory each time memory runs out.
+
+        What needs no gradients must not change how they are computed: the run would become another one.
+        """
         while True:
             try:
                 return evaluate()
@@ -154,11 +159,12 @@ class Loop:
                 if not is_out_of_memory(error):
                     raise
                 reason = error.with_traceback(None)  # the frames in it would keep the tensors alive
-            message = save_memory(self.task, len(self.problem.prompts))
+            message = save_memory(self.task, rows, gradients)
             if message is None:
+                how = ", with recomputation, through one model step" if gradients else ""
                 raise IPGOError(
-                    "Out of memory although one image is made at a time, with recomputation, through one model step: "
-                    "use a smaller picture, a smaller reward model, or lower precision."
+                    f"Out of memory although one image is made at a time{how}: use a smaller picture, a smaller reward "
+                    "model, or lower precision."
                 ) from reason
             self.observer.on_message(message)
 
@@ -244,10 +250,10 @@ class Loop:
         self._measured, found = step, {}
         for name, monitor in self.monitors.items():
             try:
-                found[name] = self._guarded(lambda m=monitor: self.task.mean_score(m, *judged))
+                found[name] = self._guarded(lambda m=monitor: self.task.mean_score(m, *judged), len(judged[0]))
             except Cancelled:
                 raise
-            except IPGOError as error:  # what is only watched does not end a run
+            except IPGOError as error:  # what is only watched, and says why it has no score, does not end a run
                 self._say_once(f"Held-out reward {name!r} has no score at step {step}: {error}", name)
         return found
 
@@ -278,8 +284,9 @@ class Loop:
         self.observer.on_step(replace(event, images=evaluation.images) if preview else event)
 
     def _should_stop(self, step: int, probability: Tensor | None) -> bool:
-        if self.limit is not None and probability is not None and bool((probability < self.limit).all()):
-            self.stopped = f"P(z) fell below {self.limit:g} for every image"
+        if self.limit is not None and probability is not None and self._is_hopeless(probability < self.limit):
+            which = "an image that shares its tokens" if self.problem.shared else "every image"
+            self.stopped = f"P(z) fell below {self.limit:g} for {which}"
         elif self.config.patience is not None and self.monitors:
             name = next(iter(self.monitors))
             values = [event.monitors[name] for event in self.history if name in event.monitors]
@@ -289,6 +296,10 @@ class Loop:
             return False
         self._stop(step, self.stopped)
         return True
+
+    def _is_hopeless(self, improbable: Tensor) -> bool:
+        """Whether no best can come any more: images that share tokens have only one in common."""
+        return bool(improbable.any() if self.problem.shared else improbable.all())
 
     def _stop(self, step: int, reason: str) -> None:
         self.stopped = reason
@@ -319,9 +330,8 @@ class Loop:
         }
         try:
             write_state(self.state_file, state)
-        except InputError as error:
-            self.observer.on_message(f"The run goes on but cannot be resumed later: {error}")
-            self.state_file = None
+        except InputError as error:  # tried again at the next save: the disk may have room by then
+            self._say_once(f"The run goes on, but its state was not saved: {error}", "state")
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a resume to make sense; a longer run of the same kind may go on."""

@@ -17,15 +17,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
 
 
-def save_memory(task: Task, rows: int) -> str | None:
+def save_memory(task: Task, rows: int, gradients: bool) -> str | None:
     """Use less memory from now on and say how; None when nothing is left to give.
 
-    Recomputation and smaller groups of images change nothing but time. Fewer model steps change the gradient, so they
-    come last.
+    `rows` is how many images the call that failed was about, `gradients` whether it needed theirs. Recomputation and
+    smaller groups of images change nothing but time. Fewer model steps change the gradient, so they come last.
     """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if not task.checkpoint:
+    if gradients and not task.checkpoint:
         task.checkpoint = True
         return "Out of memory: model calls are recomputed in the backward pass from now on."
     size = min(task.micro_batch, rows)
@@ -33,7 +33,7 @@ def save_memory(task: Task, rows: int) -> str | None:
         task.micro_batch = size // 2
         return f"Out of memory: {task.micro_batch} image(s) at a time from now on."
     steps = min(task.backprop_steps or task.generator.steps, task.generator.steps)
-    if steps > 1:
+    if gradients and steps > 1:
         task.backprop_steps = steps // 2
         return f"Out of memory: gradients pass through the last {task.backprop_steps} model step(s) only from now on."
     return None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .files import write_whole
-from .tokens import engine_version
+from .tokens import engine_version, labels
 
 FORMAT = "ipgo-noise-1"
 LEARNED_WITH = "learned_with"
@@ -22,8 +22,7 @@ LEARNED_WITH = "learned_with"
 
 def write_noise(path: str | Path, noise: Tensor, **metadata: Any) -> Path:
     """Write noises (B, n, C, H, W) and JSON metadata: `prompts` and `seeds` of the rows, `sampler`, `steps`, ..."""
-    header = {"format": FORMAT, "version": engine_version(), **metadata}
-    text = {key: json.dumps(value) for key, value in header.items()}
+    text = labels(metadata, {"format": FORMAT, "version": engine_version()}, "noise file")
     return write_whole(path, lambda part: save_file({"noise": noise.detach().cpu().contiguous()}, part, metadata=text))
 
 

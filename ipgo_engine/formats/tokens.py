@@ -33,13 +33,17 @@ def write_tokens(
 ) -> Path:
     """Write one tokens file; `metadata` values must be JSON, `encoder` names the text encoder."""
     own = {"format": FORMAT, "dim": dim, "config": asdict(config), "version": engine_version()}
-    header = {**metadata, **own}  # what the reader relies on cannot be overwritten by a label
-    try:
-        text = {key: json.dumps(value) for key, value in header.items()}
-    except (TypeError, ValueError) as error:
-        raise InputError(f"a label of the tokens file cannot be written as JSON ({error}): use plain data.") from error
+    text = labels(metadata, own, "tokens file")
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     return write_whole(path, lambda part: save_file(plain, part, metadata=text))
+
+
+def labels(metadata: Mapping[str, Any], own: Mapping[str, Any], file: str) -> dict[str, str]:
+    """Metadata as safetensors keeps it; what the reader relies on (`own`) cannot be overwritten by a label."""
+    try:
+        return {key: json.dumps(value) for key, value in {**metadata, **own}.items()}
+    except (TypeError, ValueError) as error:
+        raise InputError(f"a label of the {file} cannot be written as JSON ({error}): use plain data.") from error
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

@@ -89,6 +89,9 @@ class DiffusersGenerator:
         )
         self.settings: Mapping[str, Any] = {
             "pipeline": type(pipeline).__name__,
+            "unet": describe_encoder(pipeline.unet.named_parameters()),
+            "vae": describe_encoder(pipeline.vae.named_parameters()),
+            "prediction_type": pipeline.scheduler.config.get("prediction_type", "epsilon"),
             "sampler": sampler,
             "eta": eta,
             "steps": steps,

@@ -692,3 +692,22 @@ def test_inputs_that_cannot_work(sd: Any, sdxl: Any) -> None:
         other.generate(bare, noise)
     with pytest.raises(InputError, match="without unet, vae"):
         make(object())
+
+
+def test_a_run_is_not_resumed_with_another_model_behind_the_same_text_encoder(tmp_path):
+    state = tmp_path / "state.safetensors"
+    config = NoiseConfig(iterations=1, permutations=2)
+
+    def resumed(pipeline):
+        generator = DiffusersGenerator(pipeline, steps=2)
+        return optimize_noise(generator, load("brightness"), ["a"], config, state_file=state, resume=True)
+
+    resumed(tiny_pipelines.sd())
+    resumed(tiny_pipelines.sd())
+    for part in ("unet", "vae"):
+        other = tiny_pipelines.sd()
+        with torch.no_grad():
+            for weight in getattr(other, part).parameters():
+                weight.neg_()
+        with pytest.raises(InputError, match=f"different: {part}"):
+            resumed(other)

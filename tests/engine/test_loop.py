@@ -22,6 +22,7 @@ from ipgo_engine import (
     train_tokens,
 )
 from ipgo_engine.config import LoopConfig
+from ipgo_engine.formats.state import write_state
 from ipgo_engine.gradients import ESTIMATORS, Task
 from ipgo_engine.memory import is_out_of_memory
 from ipgo_engine.problems import NoiseProblem, TokenProblem
@@ -289,7 +290,135 @@ def test_a_full_disk_costs_the_state_file_not_the_run(tmp_path):
     watcher = Watcher()
     result = run("noise", watcher, state_file=blocked / "state.safetensors", save_every=1)
     assert result.stopped == "finished"
-    assert sum("cannot be resumed" in m for m in watcher.messages) == 1
+    assert sum("was not saved" in m for m in watcher.messages) == 1
+
+
+def test_a_save_that_fails_once_is_made_up_for(tmp_path, monkeypatch):
+    writes = []
+
+    def first_fails(path, state):
+        writes.append(path)
+        if len(writes) == 1:
+            raise InputError("the disk is full")
+        write_state(path, state)
+
+    monkeypatch.setattr("ipgo_engine.loop.write_state", first_fails)
+    file = tmp_path / "state.safetensors"
+    run("noise", Watcher(6), state_file=file, save_every=1)
+    assert run("noise", state_file=file, resume=True).rewards.equal(run("noise").rewards)
+
+
+class Vast(ToyReward):
+    """A held-out reward that never fits into memory."""
+
+    def score(self, images, prompts):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_held_out_reward_without_room_does_not_change_the_run():
+    watcher = Watcher()
+    result = run("noise", watcher, monitors=[Vast(name="vast")])
+    assert torch.allclose(result.best, run("noise").best, atol=1e-5)
+    assert not any("model step" in m or "recomputed" in m for m in watcher.messages)
+    assert any("'vast' has no score" in m for m in watcher.messages)
+
+
+def test_what_needs_no_gradients_leaves_those_of_the_run_alone():
+    """Pictures of the start and of a validation may be too many at once where single gradients fit."""
+
+    class Narrow(ToyGenerator):
+        def generate(self, conditioning, noise, **options):
+            if len(noise) > 2 and not torch.is_grad_enabled():
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return super().generate(conditioning, noise, **options)
+
+    watcher = Watcher()
+    config = dataclasses.replace(TOKENS, batch_size=1, epochs=2, checkpoint=False)
+    train_tokens(Narrow(), ToyReward(), ["a", "b", "c", "d", "e", "f"], config, watcher)
+    assert [m for m in watcher.messages if "memory" in m] == [
+        "Out of memory: 3 image(s) at a time from now on.",
+        "Out of memory: 1 image(s) at a time from now on.",
+    ]
+
+
+def test_memory_is_halved_from_the_images_of_the_call():
+    class Narrow(ToyGenerator):
+        def generate(self, conditioning, noise, **options):
+            if len(noise) > 2 and torch.is_grad_enabled():
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return super().generate(conditioning, noise, **options)
+
+    watcher = Watcher()
+    config = dataclasses.replace(TOKENS, batch_size=4, epochs=1)
+    train_tokens(Narrow(), ToyReward(), [f"prompt {i}" for i in range(20)], config, watcher)
+    assert [m for m in watcher.messages if "memory" in m] == ["Out of memory: 2 image(s) at a time from now on."]
+
+
+def test_a_step_cancelled_inside_a_held_out_reward_is_in_the_history_after_a_resume(tmp_path):
+    class Slow(ToyReward):
+        calls = 0
+
+        def score(self, images, prompts):
+            self.calls += 1
+            if self.calls == 4:
+                raise Cancelled("in the middle of it")
+            return super().score(images, prompts)
+
+    config = dataclasses.replace(NOISE, monitor_every=1)
+    options = {"state_file": tmp_path / "state.safetensors"}
+    optimize_noise(ToyGenerator(), ToyReward(), ["a"], config, monitors=[Slow(name="slow")], **options)
+    whole = optimize_noise(ToyGenerator(), ToyReward(), ["a"], config, monitors=[ToyReward(name="slow")])
+    again = optimize_noise(
+        ToyGenerator(), ToyReward(), ["a"], config, monitors=[ToyReward(name="slow")], resume=True, **options
+    )
+    assert [(e.step, e.reward, e.monitors) for e in again.history] == [
+        (e.step, e.reward, e.monitors) for e in whole.history
+    ]
+
+
+def test_a_point_whose_gradient_is_not_finite_is_not_gone_back_to():
+    class Cliff(ToyReward):
+        """Higher than ever at its third call, where nothing can be followed."""
+
+        calls = 0
+
+        def score(self, images, prompts):
+            self.calls += 1
+            scores = super().score(images, prompts)
+            if self.calls != 3:
+                return scores
+            scores = scores + 10
+            scores.register_hook(lambda gradient: gradient * float("nan"))
+            return scores
+
+    watcher = Watcher()
+    result = run("noise", watcher, reward=Cliff())
+    assert result.stopped == "finished"
+    assert result.rewards.max() < 5
+    assert sum("back to the best" in m for m in watcher.messages) == 1
+
+
+def test_a_joint_run_ends_when_one_of_its_images_cannot_be_the_best_any_more():
+    noise = NoiseConfig(iterations=60, learning_rate=0.1, regularization=0.0, min_probability=0.01, permutations=10)
+    result = optimize_jointly(ToyGenerator(), ToyReward(), ["a", "b"], JointConfig(tokens=TOKENS, noise=noise))
+    assert "an image that shares its tokens" in result.stopped
+    assert len(result.history) < 60
+
+
+@pytest.mark.parametrize("method", ["tokens", "noise"])
+def test_seeds_of_numpy_are_seeds(method, tmp_path):
+    import numpy as np
+
+    state = {"state_file": tmp_path / "state.safetensors"}
+    if method == "tokens":
+        config = dataclasses.replace(TOKENS, seeds=tuple(np.arange(2)))
+        result = train_tokens(ToyGenerator(), ToyReward(), ["a"], config, **state)
+        result.best.save(tmp_path / "tokens.safetensors")
+    else:
+        optimize_noise(ToyGenerator(), ToyReward(), ["a", "b"], NOISE, seeds=np.arange(2), **state)
+    assert (tmp_path / "state.safetensors").is_file()
+    with pytest.raises(InputError, match="whole numbers"):
+        optimize_noise(ToyGenerator(), ToyReward(), ["a"], NOISE, seeds=[0.5])
 
 
 @pytest.mark.parametrize("method", METHODS)
