@@ -119,9 +119,7 @@ class Loop:
             trouble = None if math.isfinite(norm) else "the gradient is not finite"
         if trouble:
             return self._recover(trouble, last)
-        self._remember(
-            judged, probability
-        )  # not before the gradient is known: `_recover` would come back here for ever
+        self._remember(judged, probability)  # only now that it can be followed: `_recover` would return to it for ever
         monitors = self._measure(judged, step, last)  # before the update: a step cancelled in here is taken again
         if not last:
             self._apply(evaluation, penalty)

@@ -59,8 +59,8 @@ def noise_inputs() -> list[Any]:
         ),
         advanced(io.Float.Input(
             "stop_below_probability", default=0.0, min=0.0, max=1.0, step=0.001, round=0.000001,
-            tooltip="Noise whose P(z) is below this is never the best, and the run ends when that of every image is (with "
-            "tokens: of any image). 0 never stops.",
+            tooltip="Noise whose P(z) is below this is never the best, and the run ends when that of every image is "
+            "(with tokens: of any image). 0 never stops.",
         )),
         advanced(io.Int.Input(
             "block_size", default=0, min=0, max=4096,

@@ -360,7 +360,7 @@ def test_save_load_and_contained_names(server):
     done = finished(server, loader)
     assert '"note": "hello"' in done.text(information)
     graph.nodes[saved]["inputs"]["filename_prefix"] = "../outside"
-    assert "plain file name" in server.run(graph.nodes).error
+    assert "use a plain one" in server.run(graph.nodes).error
 
 
 def test_a_missing_file_is_refused_before_anything_runs(server):

@@ -38,7 +38,7 @@ def test_extra_model_paths_are_honoured(places, tmp_path):
     assert "notes.txt" not in files.reward_places()
     assert files.reward_path("pickscore") == tmp_path / "here" / "pickscore"
     for name in ("../here/pickscore", "missing", str(tmp_path)):
-        with pytest.raises(errors.InputError, match="put the reward model there"):
+        with pytest.raises(errors.InputError, match="Download Reward Weights"):
             files.reward_path(name)
 
 

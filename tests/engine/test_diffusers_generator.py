@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ipgo_engine import NoiseConfig, optimize_noise, rewards
 from ipgo_engine.errors import Cancelled, InputError
 from ipgo_engine.generators.base import Conditioning
 from ipgo_engine.generators.denoiser import Guidance
@@ -700,12 +701,12 @@ def test_a_run_is_not_resumed_with_another_model_behind_the_same_text_encoder(tm
 
     def resumed(pipeline):
         generator = DiffusersGenerator(pipeline, steps=2)
-        return optimize_noise(generator, load("brightness"), ["a"], config, state_file=state, resume=True)
+        return optimize_noise(generator, rewards.load("brightness"), ["a"], config, state_file=state, resume=True)
 
-    resumed(tiny_pipelines.sd())
-    resumed(tiny_pipelines.sd())
+    resumed(tiny.sd())
+    resumed(tiny.sd())
     for part in ("unet", "vae"):
-        other = tiny_pipelines.sd()
+        other = tiny.sd()
         with torch.no_grad():
             for weight in getattr(other, part).parameters():
                 weight.neg_()
