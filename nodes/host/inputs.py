@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import types
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -104,5 +104,11 @@ def _parts(value: Any) -> list[Any]:
         return list(value)
     if isinstance(value, str | bytes | int | float | Tensor | type | types.ModuleType):
         return []
-    enclosed = inspect.getclosurevars(value).nonlocals.values() if inspect.isfunction(value) else ()
-    return [*enclosed, getattr(value, "__self__", None), *getattr(value, "__dict__", {}).values()]
+    return [*_enclosed(value), getattr(value, "__self__", None), *getattr(value, "__dict__", {}).values()]
+
+
+def _enclosed(value: Any) -> Iterator[Any]:
+    """What a function took from the function around it."""
+    for cell in getattr(value, "__closure__", None) or ():
+        with suppress(ValueError):  # a cell that is not filled yet
+            yield cell.cell_contents
