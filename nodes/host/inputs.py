@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -86,9 +87,9 @@ def networks_of_patches(patcher: Any) -> list[torch.nn.Module]:
     options = patcher.model_options.get("transformer_options", {})
     found: dict[int, torch.nn.Module] = {}
     seen: set[int] = set()
-    waiting = [(options.get(name), 0) for name in ("patches", "patches_replace")]
+    waiting = deque((options.get(name), 0) for name in ("patches", "patches_replace"))
     while waiting:
-        value, depth = waiting.pop()
+        value, depth = waiting.popleft()
         if isinstance(value, torch.nn.Module):
             found[id(value)] = value
         elif depth < DEEPEST and id(value) not in seen:
