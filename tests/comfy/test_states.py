@@ -429,7 +429,8 @@ class Network:
 
     def __init__(self, width):
         with host.node():
-            self.weights = {"to_k": torch.nn.Linear(width, width)}
+            network = torch.nn.Linear(width, width)
+            self.weights = {"to_k": network.to(comfy.model_management.get_torch_device())}
 
     def __call__(self, q, context, value, *rest):
         return q, context + 0.1 * self.weights["to_k"](context), value
