@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -14,17 +13,18 @@ Gradient = Literal["auto", "exact", "zeroth-order", "hybrid-image", "hybrid-nois
 GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
 
 
-def whole_numbers(seeds: Iterable[Any]) -> list[int]:
-    """Seeds as Python's own integers, which is what files hold; NumPy's are taken, too."""
-    try:
-        return [operator.index(seed) for seed in seeds]
-    except TypeError:
-        raise InputError(f"seeds is {seeds!r}: give whole numbers.") from None
-
-
 def _require(condition: bool, name: str, value: Any, rule: str) -> None:
     if not condition:
         raise InputError(f"{name} is {value!r}: {rule}.")
+
+
+def whole_number(name: str, value: Any) -> int:
+    """The value as Python's own integer: those of numpy and torch count, but go into no JSON."""
+    try:
+        _require(not isinstance(value, bool), name, value, "use a whole number")
+        return operator.index(value)
+    except TypeError as error:
+        raise InputError(f"{name} is {value!r}: use a whole number.") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class LoopConfig:
     checkpoint: bool = True  # recompute activations: slower by about a third, memory flat in the number of steps
     gradient: Gradient = "auto"  # "exact" where the reward is differentiable, else "hybrid-noise"
     # ("bayesian" searches the token coefficients with a Gaussian process; tokens only)
-    perturbations: int = 8  # samples per estimated gradient, for the estimated kinds of `gradient`
+    perturbations: int = 8  # samples per estimated gradient: zeroth-order, hybrid-image, hybrid-noise
     perturbation_scale: float = 0.05  # mu: size of one perturbation
     micro_batch: int | None = None  # images generated at once; None is all, halved when memory runs out
     monitor_every: int = 5  # steps between measurements of the held-out rewards
@@ -91,6 +91,7 @@ class LoopConfig:
     seed: int = 0  # of everything random in the method itself (never of the picture)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", whole_number("seed", self.seed))
         lr_ok = math.isfinite(self.learning_rate) and self.learning_rate > 0
         _require(lr_ok, "learning_rate", self.learning_rate, "use a positive number")
         _require(0 < self.decay <= 1, "decay", self.decay, "use a number above 0 and at most 1")
@@ -131,7 +132,7 @@ class OptimizeConfig(LoopConfig):
         _require(self.conformity >= 0, "conformity", self.conformity, "use 0 or more")
         norms = ("l2-squared", "l1-mean")
         _require(self.conformity_norm in norms, "conformity_norm", self.conformity_norm, f"use one of {norms}")
-        object.__setattr__(self, "seeds", tuple(whole_numbers(self.seeds)))
+        object.__setattr__(self, "seeds", tuple(whole_number("seeds", seed) for seed in self.seeds))
         _require(len(self.seeds) > 0, "seeds", self.seeds, "give at least one seed")
         batch_ok = self.batch_size is None or self.batch_size >= 1
         _require(batch_ok, "batch_size", self.batch_size, "use 1 or more, or None for all prompts at once")
@@ -159,7 +160,9 @@ class NoiseConfig(LoopConfig):
     which: Literal["initial", "all"] = "all"  # the initial latent only, or every injected noise too
     block_size: int | None = None  # k; None chooses it from the number of values
     permutations: int = 100  # b
-    min_probability: float | None = None  # noise below it is never the best; when all of it is, the run ends
+    # A noise whose P(z) is below this is never the best. The run ends when every image is below it or, where images
+    # share tokens, when one is.
+    min_probability: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,7 +13,7 @@ from torch import Tensor
 class StepEvent:
     """One finished step of the loop. Rewards are raw scores, higher is better, regularizers excluded."""
 
-    step: int  # updates that came before, 0 to total
+    step: int  # 0 to total: how many updates the parameters have seen
     total: int
     reward: float  # mean over the images of this step
     best: float  # best reward so far, same mean

@@ -191,6 +191,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "hybrid-noise": hybrid_noise,
     "bayesian": no_gradient,
 }
+FORWARD_ONLY = (zeroth_order, no_gradient)  # nothing is back-propagated
 
 
 def choose(config: LoopConfig, reward: Reward) -> Estimator:

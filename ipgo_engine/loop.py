@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,12 +16,13 @@ from .best import Best
 from .errors import BudgetSpentError, Cancelled, InputError, IPGOError, NonFiniteError
 from .events import Observer, StepEvent
 from .formats.state import read_state, write_state
-from .gradients import Evaluation, Task, choose
+from .gradients import FORWARD_ONLY, Evaluation, Task, choose
 from .memory import is_out_of_memory, save_memory
-from .problems import Problem, restore, snapshot
+from .problems import Problem, restore
+from .resume import differences, put_back, state_of
 from .rewards.base import Reward, begin_run
 
-Measured = TypeVar("Measured")
+T = TypeVar("T")
 RETRIES = 3  # how often a run goes back to its best after a non-finite number before it gives up
 VALIDATION_ROWS = 16  # images of one validation pass when an epoch has several updates
 
@@ -60,7 +61,7 @@ class Loop:
         self.update, self.failures, self.stopped = 0, 0, "finished"
         self.best = Best()
         self._said: set[str] = set()
-        self._measured: int | None = None  # the step at which held-out rewards were measured last
+        self.measured: int | None = None  # the step at which held-out rewards were measured last
         self._torn = False  # while an update is half done
         self._stepped = False  # a state that was only read is not written again
         self.history: list[StepEvent] = []
@@ -108,19 +109,20 @@ class Loop:
         """One evaluation and, but for the last step, one update. False when the run is over."""
         started, step, last = time.perf_counter(), self.update, self.update >= self.total
         rows = self.problem.rows(step)
-        evaluation = self._guarded(lambda: self._evaluate(rows, last), len(rows), gradients=not last)
+        gradients = not last and self.estimator not in FORWARD_ONLY
+        evaluation = self._guarded(lambda: self._evaluate(rows, last), len(rows), gradients)
         penalty, probability = self.problem.regularize(rows)
         trouble, norm = self._trouble(evaluation), 0.0
         judged = None if trouble else self._judged(rows, evaluation)
         if judged:
             trouble = self._trouble(judged[1])
-        if not trouble and not last:
+        if not (trouble or last):
             norm = self._gradient(rows, penalty)
             trouble = None if math.isfinite(norm) else "the gradient is not finite"
         if trouble:
             return self._recover(trouble, last)
-        self._remember(judged, probability)  # only now that it can be followed: `_recover` would return to it for ever
-        monitors = self._measure(judged, step, last)  # before the update: a step cancelled in here is taken again
+        self._remember(judged, probability)  # nothing that has no gradient: a run would go back to it for ever
+        monitors = self._measure(judged, step, last)  # before the update: Cancel in here leaves the step to be repeated
         if not last:
             self._apply(evaluation, penalty)
         seconds = time.perf_counter() - started
@@ -136,7 +138,8 @@ class Loop:
             return rows, evaluation
         if self.update % self.problem.updates_per_epoch:
             return None
-        return self.result_rows, self._guarded(lambda: self.task.evaluate(self.result_rows), len(self.result_rows))
+        rows = self.result_rows
+        return rows, self._guarded(lambda: self.task.evaluate(rows), len(rows))
 
     def _evaluate(self, rows: list[int], last: bool) -> Evaluation:
         self.optimizer.zero_grad(set_to_none=True)
@@ -145,11 +148,8 @@ class Loop:
     def _evaluate_start(self) -> Evaluation:
         return self.task.evaluate(self.result_rows, self.problem.start_inputs)
 
-    def _guarded(self, evaluate: Callable[[], Measured], rows: int, gradients: bool = False) -> Measured:
-        """Call `evaluate`, which makes or scores so many images, again with less memory each time memory runs out.
-
-        What needs no gradients must not change how they are computed: the run would become another one.
-        """
+    def _guarded(self, evaluate: Callable[[], T], rows: int, gradients: bool = False) -> T:
+        """Call `evaluate`, which works on so many rows, again with less memory each time memory runs out."""
         while True:
             try:
                 return evaluate()
@@ -159,10 +159,10 @@ class Loop:
                 reason = error.with_traceback(None)  # the frames in it would keep the tensors alive
             message = save_memory(self.task, rows, gradients)
             if message is None:
-                how = ", with recomputation, through one model step" if gradients else ""
+                spared = ", with recomputation, through one model step" if gradients else ""
                 raise IPGOError(
-                    f"Out of memory although one image is made at a time{how}: use a smaller picture, a smaller reward "
-                    "model, or lower precision."
+                    f"Out of memory although one image is made at a time{spared}: "
+                    "use a smaller picture, a smaller reward model, or lower precision."
                 ) from reason
             self.observer.on_message(message)
 
@@ -179,6 +179,7 @@ class Loop:
             self._refuse(trouble)
         assert self.best.state is not None
         self.failures += 1
+        self._stepped = True
         restore(self.problem, self.best.state)
         self.optimizer.state.clear()
         self.rates = [rate / 2 for rate in self.rates]
@@ -242,10 +243,10 @@ class Loop:
 
     def _measure(self, judged: tuple[list[int], Evaluation] | None, step: int, last: bool) -> dict[str, float]:
         """Held-out rewards every so many steps, always of the same rows: other prompts would not compare."""
-        due = self._measured is None or step - self._measured >= self.config.monitor_every or last
+        due = self.measured is None or step - self.measured >= self.config.monitor_every or last
         if judged is None or not due:
             return {}
-        self._measured, found = step, {}
+        self.measured, found = step, {}
         for name, monitor in self.monitors.items():
             try:
                 found[name] = self._guarded(lambda m=monitor: self.task.mean_score(m, *judged), len(judged[0]))
@@ -282,9 +283,9 @@ class Loop:
         self.observer.on_step(replace(event, images=evaluation.images) if preview else event)
 
     def _should_stop(self, step: int, probability: Tensor | None) -> bool:
-        if self.limit is not None and probability is not None and self._is_hopeless(probability < self.limit):
-            which = "an image that shares its tokens" if self.problem.shared else "every image"
-            self.stopped = f"P(z) fell below {self.limit:g} for {which}"
+        improbable = self._improbable(probability)
+        if improbable:
+            self.stopped = improbable
         elif self.config.patience is not None and self.monitors:
             name = next(iter(self.monitors))
             values = [event.monitors[name] for event in self.history if name in event.monitors]
@@ -295,9 +296,14 @@ class Loop:
         self._stop(step, self.stopped)
         return True
 
-    def _is_hopeless(self, improbable: Tensor) -> bool:
-        """Whether no best can come any more: images that share tokens have only one in common."""
-        return bool(improbable.any() if self.problem.shared else improbable.all())
+    def _improbable(self, probability: Tensor | None) -> str | None:
+        """Why no image can become better any more: each noise by itself, or, with shared parameters, all by one."""
+        if self.limit is None or probability is None:
+            return None
+        below = probability < self.limit
+        if self.problem.shared:
+            return f"P(z) fell below {self.limit:g} for an image that shares its tokens" if below.any() else None
+        return f"P(z) fell below {self.limit:g} for every image" if below.all() else None
 
     def _stop(self, step: int, reason: str) -> None:
         self.stopped = reason
@@ -311,61 +317,26 @@ class Loop:
     # -- resume -------------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
-        """Write what a resumed run needs. A full disk costs the file, never the run."""
+        """Write what a resumed run needs. A full disk costs this state, never the run nor the states to come."""
         if self.state_file is None or not self.has_best or self._torn or not self._stepped:
             return
-        state = {
-            "identity": self._identity(),
-            "update": self.update,
-            "failures": self.failures,
-            "rates": self.rates,
-            "parameters": snapshot(self.problem),
-            "optimizer": self.optimizer.state_dict()["state"],
-            "proposer": self.problem.proposer.state_dict() if self.problem.proposer else None,
-            "best": vars(self.best),
-            "start": vars(self.start),  # there is one where there is a best
-            "history": [asdict(event) for event in self.history],
-        }
         try:
-            write_state(self.state_file, state)
-        except InputError as error:  # tried again at the next save: the disk may have room by then
-            self._say_once(f"The run goes on, but its state was not saved: {error}", "state")
-
-    def _identity(self) -> dict[str, Any]:
-        """What must be equal for a resume to make sense; a longer run of the same kind may go on."""
-        return {
-            "settings": _as_json(self.settings),
-            "generator": _as_json(self.task.generator.settings),
-            "prompts": self.problem.prompts,
-            "encoder": self.task.generator.encoder,
-            "noise_shape": list(self.task.generator.noise_shape),
-            "reward": self.task.reward.name,
-        }
+            write_state(self.state_file, state_of(self))
+        except InputError as error:
+            message = f"The run goes on, but its state was not saved this time: {error}"
+            self._say_once(message, message)
 
     def load(self) -> None:
         """Go on from the state file. Raises `InputError` when it is damaged or belongs to another run."""
         assert self.state_file is not None
         state = read_state(self.state_file)
-        mine, theirs = self._identity(), state.get("identity", {})
-        different = _different(theirs, mine)
+        different = differences(self, state)
         if different:
             raise InputError(
                 f"{self.state_file} belongs to another run (different: {', '.join(different)}): "
                 "give the settings it was started with, or start anew without resuming."
             )
-        restore(self.problem, state["parameters"])
-        optimizer = self.optimizer.state_dict()
-        optimizer["state"] = {int(key): value for key, value in state["optimizer"].items()}
-        self.optimizer.load_state_dict(optimizer)
-        if self.problem.proposer is not None:
-            self.problem.proposer.load_state_dict(state["proposer"])
-        self.update, self.failures, self.rates = state["update"], state["failures"], state["rates"]
-        device = self.task.generator.device
-        self.best = Best(**_to_device(state["best"], device))
-        self.start = Evaluation(**_to_device(state["start"], device))
-        events = [StepEvent(**event) for event in state["history"]]
-        self.history = [event for event in events if event.step < self.update]  # the last step is evaluated again
-        self._measured = max((event.step for event in self.history if event.monitors), default=None)
+        put_back(self, state)
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -373,28 +344,3 @@ def spread(count: int, most: int) -> list[int]:
     if count <= most:
         return list(range(count))
     return [round(i * (count - 1) / (most - 1)) for i in range(most)]
-
-
-WATCHING = ("epochs", "iterations", "micro_batch", "checkpoint", "monitor_every", "preview_every", "patience")
-"""Settings that change how long a run is, what it shows and how much memory it takes: free to differ after a resume."""
-
-
-def _as_json(value: Any) -> Any:
-    """Settings as JSON gives them back, so that they compare equal after a round trip."""
-    if isinstance(value, Mapping):
-        return {key: _as_json(item) for key, item in value.items() if key not in WATCHING}
-    return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _different(theirs: Any, mine: Any, name: str = "") -> list[str]:
-    """Names of the settings that differ, innermost ones."""
-    if not (isinstance(theirs, Mapping) and isinstance(mine, Mapping)):
-        return [] if theirs == mine else [name]
-    keys = sorted({*theirs, *mine})
-    return [found for key in keys for found in _different(theirs.get(key), mine.get(key), str(key))]
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _to_device(item, device) for key, item in value.items()}
-    return value.to(device) if isinstance(value, Tensor) else value

@@ -20,8 +20,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def save_memory(task: Task, rows: int, gradients: bool) -> str | None:
     """Use less memory from now on and say how; None when nothing is left to give.
 
-    `rows` is how many images the call that failed was about, `gradients` whether it needed theirs. Recomputation and
-    smaller groups of images change nothing but time. Fewer model steps change the gradient, so they come last.
+    `rows` is the number of images of the call that failed, `gradients` whether it was to give any: only then do
+    recomputation and fewer model steps help. Recomputation and smaller groups of images change nothing but time. Fewer
+    model steps change the gradient, so they come last.
     """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

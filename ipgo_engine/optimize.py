@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from .config import JointConfig, LoopConfig, NoiseConfig, OptimizeConfig, whole_numbers
+from .config import JointConfig, LoopConfig, NoiseConfig, OptimizeConfig, whole_number
 from .errors import IPGOError
 from .events import Observer, Silent, StepEvent
 from .generators.base import Generator
@@ -25,14 +25,16 @@ Learned = TypeVar("Learned")
 
 @dataclass(frozen=True)
 class Result(Generic[Learned]):
-    """What a run leaves behind, whether it finished, was stopped or failed. Images and noise are on the CPU, tokens
-    where they were learned."""
+    """What a run leaves behind, whether it finished, was stopped or failed.
+
+    Tensors are on the CPU; learned tokens stay on the generator's device.
+    """
 
     best: Learned
     """`IPGOTokens`, the noise (B, n, C, H, W), or both in a tuple."""
     image: Tensor
-    """Images of the best, (B, 3, H, W) in [0, 1]: one per prompt and seed, or 16 of them when an epoch has several
-    updates."""
+    """Images of the best, (B, 3, H, W) in [0, 1]: one per prompt and seed, or an even choice of at most 16 of them when
+    an epoch of `train_tokens` has several updates."""
     rewards: Tensor
     """Rewards of `image`, (B,)."""
     start_image: Tensor
@@ -193,7 +195,7 @@ def optimize_noise(
     takes: all noises, optimized or not. Everything else is as in `train_tokens`.
     """
     config = config or NoiseConfig()
-    seeds = list(range(len(prompts))) if seeds is None else whole_numbers(seeds)
+    seeds = [whole_number("seeds", seed) for seed in (range(len(prompts)) if seeds is None else seeds)]
     options = RunOptions(observer=observer, monitors=monitors, state_file=state_file, save_every=save_every)
     with torch.inference_mode(False), torch.enable_grad():
         problem = NoiseProblem(generator, prompts, seeds, config)
@@ -221,7 +223,7 @@ def optimize_jointly(
     and their learning rate. Everything else is as in `optimize_noise`.
     """
     config = config or JointConfig()
-    seeds = list(range(len(prompts))) if seeds is None else whole_numbers(seeds)
+    seeds = [whole_number("seeds", seed) for seed in (range(len(prompts)) if seeds is None else seeds)]
     options = RunOptions(observer=observer, monitors=monitors, state_file=state_file, save_every=save_every)
     with torch.inference_mode(False), torch.enable_grad():
         problem = JointProblem(generator, prompts, seeds, config)

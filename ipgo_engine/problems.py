@@ -86,17 +86,17 @@ class TokenProblem:
     """One set of tokens for all prompts, every prompt with every seed (IPGO, algorithm 1)."""
 
     def __init__(self, generator: Generator, prompts: Sequence[str], config: OptimizeConfig) -> None:
-        self.config, self._texts = config, check_prompts(prompts)
+        self.config, self._given = config, check_prompts(prompts)
         self.tokens = IPGOTokens(generator.dim, config.tokens, seed=config.seed).to(generator.device)
-        self._conditioning = generator.encode(self._texts)
+        self._conditioning = generator.encode(self._given)
         self._noise = generator.draw_noise(config.seeds).to(generator.device)
-        self._pairs = [(p, s) for p in range(len(self._texts)) for s in range(len(config.seeds))]
-        self.prompts = [self._texts[p] for p, _ in self._pairs]
+        self._pairs = [(p, s) for p in range(len(self._given)) for s in range(len(config.seeds))]
+        self.prompts = [self._given[p] for p, _ in self._pairs]
         self.shared = list(self.tokens.parameters())
         self.own: list[nn.Parameter] = []
-        size = config.batch_size or len(self._texts)
-        self._batch = min(size, len(self._texts))
-        self.updates_per_epoch = -(-len(self._texts) // self._batch)
+        size = config.batch_size or len(self._given)
+        self._batch = min(size, len(self._given))
+        self.updates_per_epoch = -(-len(self._given) // self._batch)
         self.proposer = self._make_proposer() if config.gradient == "bayesian" else None
 
     def _make_proposer(self) -> BayesianProposer:
@@ -109,7 +109,7 @@ class TokenProblem:
     def rows(self, update: int) -> list[int]:
         """One batch of prompts with all their seeds; every epoch shuffles the prompts anew, by seed and epoch alone."""
         epoch, position = divmod(update, self.updates_per_epoch)
-        order = list(range(len(self._texts)))
+        order = list(range(len(self._given)))
         if self.updates_per_epoch > 1:
             shuffle = torch.Generator().manual_seed((self.config.seed * 1_000_003 + epoch) % (1 << 63))
             order = torch.randperm(len(order), generator=shuffle).tolist()

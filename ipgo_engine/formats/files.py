@@ -21,11 +21,11 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(part)
         os.replace(part, path)
-    except BaseException as error:  # Ctrl-C leaves nothing behind either
+    except BaseException as error:  # Ctrl-C, too, leaves nothing behind
         with suppress(OSError):
             part.unlink(missing_ok=True)
         if not isinstance(error, Exception):
             raise
-        # safetensors has an exception of its own for a full disk
+        # Any exception: safetensors has one of its own for a full disk.
         raise InputError(f"{path} cannot be written ({error}): choose another folder or free some space.") from error
     return path

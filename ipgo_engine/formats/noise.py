@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .files import write_whole
-from .tokens import engine_version, labels
+from .tokens import engine_version, json_header
 
 FORMAT = "ipgo-noise-1"
 LEARNED_WITH = "learned_with"
@@ -21,8 +21,11 @@ LEARNED_WITH = "learned_with"
 
 
 def write_noise(path: str | Path, noise: Tensor, **metadata: Any) -> Path:
-    """Write noises (B, n, C, H, W) and JSON metadata: `prompts` and `seeds` of the rows, `sampler`, `steps`, ..."""
-    text = labels(metadata, {"format": FORMAT, "version": engine_version()}, "noise file")
+    """Write noises (B, n, C, H, W) and JSON metadata: `prompts` and `seeds` of the rows, `sampler`, `steps`, ...
+
+    Raises `InputError` for a label that is not JSON and for a file that cannot be written.
+    """
+    text = json_header(metadata, {"format": FORMAT, "version": engine_version()}, "noise file")
     return write_whole(path, lambda part: save_file({"noise": noise.detach().cpu().contiguous()}, part, metadata=text))
 
 

@@ -28,22 +28,22 @@ def engine_version() -> str:
         return "source"
 
 
+def json_header(labels: Mapping[str, Any], own: Mapping[str, Any], kind: str) -> dict[str, str]:
+    """The file's own entries and the caller's labels, each as JSON; a label cannot overwrite what the reader needs."""
+    try:
+        return {key: json.dumps(value) for key, value in {**labels, **own}.items()}
+    except (TypeError, ValueError) as error:
+        raise InputError(f"a label of the {kind} cannot be written as JSON ({error}): use plain data.") from error
+
+
 def write_tokens(
     path: str | Path, dim: int, config: TokenConfig, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
 ) -> Path:
     """Write one tokens file; `metadata` values must be JSON, `encoder` names the text encoder."""
     own = {"format": FORMAT, "dim": dim, "config": asdict(config), "version": engine_version()}
-    text = labels(metadata, own, "tokens file")
+    text = json_header(metadata, own, "tokens file")
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     return write_whole(path, lambda part: save_file(plain, part, metadata=text))
-
-
-def labels(metadata: Mapping[str, Any], own: Mapping[str, Any], file: str) -> dict[str, str]:
-    """Metadata as safetensors keeps it; what the reader relies on (`own`) cannot be overwritten by a label."""
-    try:
-        return {key: json.dumps(value) for key, value in {**metadata, **own}.items()}
-    except (TypeError, ValueError) as error:
-        raise InputError(f"a label of the {file} cannot be written as JSON ({error}): use plain data.") from error
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:

@@ -20,12 +20,14 @@ from ..errors import Cancelled, InputError
 from .base import Conditioning
 from .denoiser import Decoder, Denoiser, Guidance, call, join, tidy
 from .gradflow import GradientScale, clamp_straight_through
-from .identity import describe_encoder
+from .identity import describe_encoder, describe_weights
 from .loading import check_pipeline, image_size, load_pipeline
 from .prompts import Encoded, PromptEncoder
 from .samplers import Sampler, make_scheduler
 
 _CACHED_NEGATIVES = 8
+_SCHEDULE = ("prediction_type", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "timestep_spacing")
+"""What of a scheduler's settings belongs to the model rather than to the sampler."""
 
 
 class DiffusersGenerator:
@@ -78,8 +80,9 @@ class DiffusersGenerator:
         self._half = torch.float16 in (self._dtype, autocast)
         self._size = image_size(pipeline, height, width)
         factor = int(pipeline.vae_scale_factor)
+        scheduler = make_scheduler(sampler, pipeline.scheduler.config)
         self._sampler = Sampler(
-            make_scheduler(sampler, pipeline.scheduler.config),
+            scheduler,
             steps,
             eta=eta,
             shape=(int(pipeline.unet.config.in_channels), self._size[0] // factor, self._size[1] // factor),
@@ -89,9 +92,6 @@ class DiffusersGenerator:
         )
         self.settings: Mapping[str, Any] = {
             "pipeline": type(pipeline).__name__,
-            "unet": describe_encoder(pipeline.unet.named_parameters()),
-            "vae": describe_encoder(pipeline.vae.named_parameters()),
-            "prediction_type": pipeline.scheduler.config.get("prediction_type", "epsilon"),
             "sampler": sampler,
             "eta": eta,
             "steps": steps,
@@ -102,6 +102,10 @@ class DiffusersGenerator:
             "padded": padded,
             "dtype": str(self._dtype),
             "autocast": None if autocast is None else str(autocast),
+            # Models with the same text encoder differ in these alone.
+            "unet": describe_weights(pipeline.unet.named_parameters()),
+            "vae": describe_weights(pipeline.vae.named_parameters()),
+            **{name: scheduler.config.get(name) for name in _SCHEDULE},
         }
         self.steps = len(self._sampler.timesteps)
         self.noise_shape: tuple[int, ...] = self._sampler.shape

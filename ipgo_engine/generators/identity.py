@@ -1,10 +1,10 @@
-"""A name for a text encoder's weights, so that tokens learned for another encoder are recognised."""
+"""Names for weights: tokens learned for another encoder, and a run of another model, are recognised by them."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -23,15 +23,27 @@ def describe_encoder(parameters: Iterable[tuple[str, Tensor]]) -> str:
     layers = {name[name.index("layers.") :]: weight for name, weight in matrices.items() if "layers." in name}
     chosen = layers or matrices
     names = sorted(chosen, key=_natural)
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(f"{name}{tuple(chosen[name].shape)}".encode())
-    with torch.no_grad():
-        signs = [torch.signbit(chosen[name].detach().flatten()[:_VALUES_PER_WEIGHT]) for name in names]
-        digest.update(bytes(torch.cat(signs).to("cpu", torch.uint8).tolist()) if signs else b"")
     width = int(chosen[names[0]].shape[-1]) if names else 0
     depth = len({name.split(".")[1] for name in layers})
-    return f"{'clip' if layers else 'encoder'}-{width}x{depth}-{digest.hexdigest()[:10]}"
+    return f"{'clip' if layers else 'encoder'}-{width}x{depth}-{_digest({name: chosen[name] for name in names})}"
+
+
+def describe_weights(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """`"3fa2c1d09b"`: a hash of the signs of some values of every matrix and kernel, the same in every precision."""
+    weights = {name: weight for name, weight in parameters if weight.ndim >= 2}
+    return _digest({name: weights[name] for name in sorted(weights)})
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    """Ten digits for names, shapes and the signs of the first values, in this order."""
+    digest = hashlib.sha256()
+    for name, weight in weights.items():
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+    with torch.no_grad():
+        first = [weight.detach().flatten()[:_VALUES_PER_WEIGHT].float() for weight in weights.values()]  # may be float8
+        signs = [torch.signbit(values) for values in first]
+        digest.update(bytes(torch.cat(signs).to("cpu", torch.uint8).tolist()) if signs else b"")
+    return digest.hexdigest()[:10]
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

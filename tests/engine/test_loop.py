@@ -417,7 +417,7 @@ def test_seeds_of_numpy_are_seeds(method, tmp_path):
     else:
         optimize_noise(ToyGenerator(), ToyReward(), ["a", "b"], NOISE, seeds=np.arange(2), **state)
     assert (tmp_path / "state.safetensors").is_file()
-    with pytest.raises(InputError, match="whole numbers"):
+    with pytest.raises(InputError, match="whole number"):
         optimize_noise(ToyGenerator(), ToyReward(), ["a"], NOISE, seeds=[0.5])
 
 
