@@ -241,8 +241,8 @@ class IPGONoiseProbability(io.ComfyNode):
             node_id="IPGONoiseProbability",
             display_name="Noise Probability",
             category=CATEGORY,
-            description="How likely a noise is under the Gaussian that samplers draw from: mostly 0.1 to 0.9 for fresh "
-            "noise, rarely 0.01, and powers of ten less for noise that was bent to please a reward.",
+            description="How likely a noise is under the Gaussian that samplers draw from: about 0.1 to 0.5 for fresh "
+            "noise of 128 pixels, rarely 0.02, and powers of ten less for noise that was bent to please a reward.",
             inputs=[
                 io.Latent.Input("latent",
                     tooltip="With noise connected: gives its shape. Otherwise it is itself measured."),

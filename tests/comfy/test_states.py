@@ -317,12 +317,8 @@ def test_cancel_in_forward_and_backward(world, monkeypatch, call):
     assert torch.equal(ours(make(world, "euler_ancestral")), image)
 
 
-@pytest.mark.parametrize("failure", [comfy.model_management.OOM_EXCEPTION, RuntimeError, ValueError])
-@pytest.mark.parametrize("call", [2, 6])
-def test_failure_leaves_everything_as_it_was(world, monkeypatch, failure, call):
-    image = stock(world, "euler_ancestral")
-    before = weights_of(world)
-    generator = make(world, "euler_ancestral")
+def fail_at(patch, world, call, error):
+    """Raise from inside the model at its n-th call, those of the backward pass counted too."""
     forward = type(world[0].model)._apply_model
     calls = 0
 
@@ -330,11 +326,20 @@ def test_failure_leaves_everything_as_it_was(world, monkeypatch, failure, call):
         nonlocal calls
         calls += 1
         if calls == call:
-            raise failure("simulated")
+            raise error
         return forward(self, *args, **kwargs)
 
+    patch.setattr(type(world[0].model), "_apply_model", failing)
+
+
+@pytest.mark.parametrize("failure", [comfy.model_management.OOM_EXCEPTION, RuntimeError, ValueError])
+@pytest.mark.parametrize("call", [2, 6])
+def test_failure_leaves_everything_as_it_was(world, monkeypatch, failure, call):
+    image = stock(world, "euler_ancestral")
+    before = weights_of(world)
+    generator = make(world, "euler_ancestral")
     with monkeypatch.context() as patch:
-        patch.setattr(type(world[0].model), "_apply_model", failing)
+        fail_at(patch, world, call, failure("simulated"))
         with pytest.raises(failure, match="simulated"):
             our_gradients(generator)
     assert_untouched(world, before, image)
@@ -496,20 +501,10 @@ def test_cancel_inside_a_layer(world, monkeypatch, call):
         pass
 
     monkeypatch.setattr(comfy.model_management, "InterruptProcessingException", Interrupted)
-    forward = type(world[0].model)._apply_model
-    calls = 0
-
-    def pressed(self, *args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise Interrupted
-        return forward(self, *args, **kwargs)
-
     image = stock(world, "euler_ancestral")
     before = weights_of(world)
     with monkeypatch.context() as patch:
-        patch.setattr(type(world[0].model), "_apply_model", pressed)
+        fail_at(patch, world, call, Interrupted())
         with pytest.raises(errors.Cancelled):
             our_gradients(make(world, "euler_ancestral"))
     assert_untouched(world, before, image)
