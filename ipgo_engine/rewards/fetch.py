@@ -45,7 +45,7 @@ def download(
         report(line)
     if confirm is not None and not confirm():
         raise Cancelled("nothing was fetched.")
-    complete = all(_present(item, root) or _is_somebody_elses(item, root) for item in files)
+    complete = all(_is_there(item, root) for item in files)
     with nullcontext() if complete else _alone(root):
         for item in files:
             with _disk(root):
@@ -58,7 +58,7 @@ def offer(name: str, root: str | Path, *, host: str | None = None) -> list[str]:
     """One line per file of reward `name`, with its size and licence; the server is asked for a size nobody knows."""
     lines, root = [], Path(root).expanduser()
     for item in files_of(name):
-        if _present(item, root) is not None or _is_somebody_elses(item, root):
+        if _is_there(item, root):
             shown = "there already"
         else:
             size = remembered(item, root).get("size") or offered_size(item, host)
@@ -129,6 +129,11 @@ def _fetch(item: WeightFile, root: Path, progress: Progress | None, host: str | 
         discard(part)
         raise InputError(f"{item.file}: what the server sent is of no use and was removed: {error}") from error
     return _publish(item, root, part, found)
+
+
+def _is_there(item: WeightFile, root: Path) -> bool:
+    """Whether nothing has to be fetched for it."""
+    return _present(item, root) is not None or _is_somebody_elses(item, root)
 
 
 def _is_somebody_elses(item: WeightFile, root: Path) -> bool:
