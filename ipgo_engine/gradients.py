@@ -6,6 +6,7 @@ problem's parameters, and returns the images and their rewards.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -82,13 +83,29 @@ def _join(parts: Sequence[tuple[Tensor, Tensor]]) -> Evaluation:
     return Evaluation(torch.cat(images).detach(), torch.cat(rewards).detach())
 
 
-def _random(task: Task, step: int) -> torch.Generator:
-    """Random numbers that depend on the seed and the step alone, so that a resumed run repeats them."""
-    return torch.Generator().manual_seed((task.config.seed * 1_000_003 + step) % (1 << 63))
+def _random(task: Task, step: int, row: int | None = None) -> torch.Generator:
+    """Random numbers of one step, or of one row in it.
+
+    They depend on nothing else, so that a resumed run repeats them and how many rows fit into memory changes none. A
+    hash, because a seed that is a small number would be the one that a starting noise was drawn with.
+    """
+    name = f"{task.config.seed} {step} {row}".encode()
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name).digest()[:7], "big"))
 
 
 def _normal_like(x: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(x.shape, generator=generator).to(x.device)
+
+
+class _Directions:
+    """Normal directions for rows of one step: each row has random numbers of its own."""
+
+    def __init__(self, task: Task, rows: Sequence[int], step: int) -> None:
+        self._random = {row: _random(task, step, row) for row in rows}
+
+    def like(self, x: Tensor, rows: Sequence[int]) -> Tensor:
+        """The next direction of each of these rows, shaped as `x` (rows first)."""
+        return torch.stack([_normal_like(x[i], self._random[row]) for i, row in enumerate(rows)])
 
 
 def exact(task: Task, rows: Sequence[int], step: int) -> Evaluation:
@@ -128,8 +145,8 @@ def _hybrid(task: Task, rows: Sequence[int], perturbed: Callable[[list[int], Ten
 
 def hybrid_image(task: Task, rows: Sequence[int], step: int) -> Evaluation:
     """y_i = M(z) + mu xi_i: perturbations in image space; no further image is generated."""
-    random = _random(task, step)
-    return _hybrid(task, rows, lambda _, y: y + task.config.perturbation_scale * _normal_like(y, random))
+    directions, scale = _Directions(task, rows, step), task.config.perturbation_scale
+    return _hybrid(task, rows, lambda chunk, y: y + scale * directions.like(y, chunk))
 
 
 def hybrid_noise(task: Task, rows: Sequence[int], step: int) -> Evaluation:
@@ -137,13 +154,11 @@ def hybrid_noise(task: Task, rows: Sequence[int], step: int) -> Evaluation:
 
     To first order h is J J^T grad r: not the reward's gradient but its part along directions in which pictures vary.
     """
-    random = _random(task, step)
+    directions, scale = _Directions(task, rows, step), task.config.perturbation_scale
 
     def perturbed(chunk: list[int], _: Tensor) -> Tensor:
         conditioning, noise = task.problem.inputs(chunk)
-        return task.generator.generate(
-            conditioning, noise + task.config.perturbation_scale * _normal_like(noise, random)
-        )
+        return task.generator.generate(conditioning, noise + scale * directions.like(noise, chunk))
 
     return _hybrid(task, rows, perturbed)
 

@@ -28,11 +28,11 @@ class Noting(ToyReward):
         return self.scores[-1]
 
 
-def noise_gradient(name, reward=None, step=0, **settings):
+def noise_gradient(name, reward=None, step=0, micro_batch=2, **settings):
     """The gradient for the noise of two pictures."""
     config = NoiseConfig(**({"regularization": 0.0, "perturbations": 2} | settings))
     problem = NoiseProblem(ToyGenerator(), PROMPTS, [0, 1], config)
-    task = Task(ToyGenerator(), problem, reward or ToyReward(name == "exact"), config, 2, None, True)
+    task = Task(ToyGenerator(), problem, reward or ToyReward(name == "exact"), config, micro_batch, None, True)
     ESTIMATORS[name](task, [0, 1], step)
     return problem.noise.grad
 
@@ -86,6 +86,22 @@ def test_directions_differ_between_steps_and_seeds_and_repeat_for_the_same(name)
     assert torch.equal(found, noise_gradient(name, step=1, seed=1))
     for other in ({"step": 0, "seed": 1}, {"step": 1, "seed": 0}):
         assert not torch.isclose(found, noise_gradient(name, **other)).all()
+
+
+@pytest.mark.parametrize("name", ["zeroth-order", "hybrid-image", "hybrid-noise"])
+def test_how_many_pictures_fit_into_memory_changes_no_direction(name):
+    torch.testing.assert_close(noise_gradient(name, micro_batch=1), noise_gradient(name), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("step", [0, 1, 5])
+def test_no_direction_is_a_noise_that_a_picture_starts_from(step):
+    """Drawn with a small number as the seed, a direction would be the starting noise of that seed."""
+    reward, scale = Noting(), 1e-3
+    noise_gradient("hybrid-image", reward, step, perturbations=1, perturbation_scale=scale)
+    directions = ((reward.images[1] - reward.images[0]) / scale).flatten(1)
+    starts = ToyGenerator().draw_noise(range(20))[:, 0].flatten(1)
+    likeness = torch.nn.functional.cosine_similarity(directions[:, None], starts, dim=-1)
+    assert likeness.abs().max() < 0.5
 
 
 @pytest.mark.parametrize(("differentiable", "chosen"), [(True, "exact"), (False, "hybrid-noise")])
