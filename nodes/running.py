@@ -17,7 +17,7 @@ from ..ipgo_engine.errors import Cancelled, InputError, IPGOError
 from ..ipgo_engine.events import StepEvent
 from ..ipgo_engine.optimize import Result, RunFailedError
 from .host import files
-from .host.interrupt import comfy_interrupt_as_cancelled
+from .host.interrupt import Cancellable, comfy_interrupt_as_cancelled
 from .host.progress import raise_interrupt
 from .host.residence import resident
 from .host.watch import NodeObserver, cancelled_as_comfy_interrupt, release_memory
@@ -60,8 +60,9 @@ class Job:
         with cancelled_as_comfy_interrupt(), resident([self.reward, *self.monitors]), self.generator:
             try:
                 result = method(
-                    self.generator, self.reward, prompts, config, observer,
-                    monitors=self.monitors, state_file=state, resume=self.resume != RESUME[0], **options,
+                    self.generator, Cancellable(self.reward), prompts, config, observer,
+                    monitors=[*map(Cancellable, self.monitors)], state_file=state,
+                    resume=self.resume != RESUME[0], **options,
                 )  # fmt: skip
             except RunFailedError as error:
                 self._keep(error.result)

@@ -107,6 +107,12 @@ def cancel():
     comfy.model_management.interrupt_current_processing(True)
 
 
+def cancel_now():
+    """As a reward or a layer does that polls Cancel itself."""
+    cancel()
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
 def out_of_memory():
     raise torch.cuda.OutOfMemoryError("simulated")
 
@@ -167,27 +173,27 @@ def test_a_final_pass_that_fails_says_where_the_best_is(world, monkeypatch):
 
 
 def test_cancel_in_the_final_pass_keeps_the_pictures(world, monkeypatch):
-    def cancelled():
-        cancel()
-        comfy.model_management.throw_exception_if_processing_interrupted()
-
     with monkeypatch.context() as patch:
-        failing_decode(patch, cancelled)
+        failing_decode(patch, cancel_now)
         with pytest.raises(Interrupt):
             world.tokens("end_cancelled")
     assert written("end_cancelled") == ["end_cancelled.resume.safetensors", "end_cancelled_00001.png"]
     comfy.model_management.interrupt_current_processing(False)
 
 
+@pytest.mark.parametrize("part", ["reward", "monitor_1"])
+def test_cancel_that_a_reward_notices_keeps_the_best(world, part):
+    name = f"noticed_{part}"
+    with pytest.raises(Interrupt):
+        world.noise(name, **{part: Brightness(at=2, wrong=cancel_now)})
+    assert written(name) == [f"{name}.resume.safetensors", f"{name}_00001.noise.safetensors", f"{name}_00001.png"]
+    assert kept(name)["update"] == 1
+
+
 def test_cancel_in_the_final_score_keeps_the_pictures(world):
     steps_and_start = 2
-
-    def cancelled():
-        cancel()
-        comfy.model_management.throw_exception_if_processing_interrupted()
-
     with pytest.raises(Interrupt):
-        world.noise("score_cancelled", Brightness(at=steps_and_start + 1, wrong=cancelled))
+        world.noise("score_cancelled", Brightness(at=steps_and_start + 1, wrong=cancel_now))
     assert "score_cancelled_00001.png" in written("score_cancelled")
 
 
