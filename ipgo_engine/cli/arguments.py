@@ -240,6 +240,12 @@ def _add_rewards(parser: Any) -> None:
         help="of the rewards' weights; half of the memory at half precision (default: float32)",
     )
     group.add_argument(
+        "--offload-rewards",
+        action="store_true",
+        help="keep the rewards' weights in main memory and copy them to the device for each call: slower, needs less "
+        "memory there",
+    )
+    group.add_argument(
         "--monitor", action="append", default=[], metavar="NAME", help="held-out reward: measured, not optimized"
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..problems import check_prompts
-from ..rewards import Reward, Weighted, load
+from ..rewards import Offloaded, Reward, Weighted, load
 
 # Rewards that look at the picture alone.
 PROMPT_FREE = frozenset({"brightness", "darkness", "contrast", "jpeg", "jpeg-incompressibility", "aesthetic"})
@@ -89,8 +89,6 @@ class Rewards:
 
 def load_rewards(arguments: argparse.Namespace, device: Any) -> Rewards:
     """The rewards of --reward, --reward-path and --monitor; the demo model brings its own CLIP."""
-    import torch
-
     wanted = [_weighted(text) for text in arguments.reward]
     if not wanted:
         if getattr(arguments, "model", None) not in ("demo", None):
@@ -101,14 +99,24 @@ def load_rewards(arguments: argparse.Namespace, device: Any) -> Rewards:
     for name in names + arguments.monitor:
         if (names + arguments.monitor).count(name) > 1:
             raise InputError(f"reward {name!r} is given more than once: what is optimized cannot also be held out.")
-    dtype = getattr(torch, arguments.reward_dtype)
-    parts = [(load(name, paths.get(name), device, dtype), weight) for name, weight in wanted]
-    monitors = [load(name, paths.get(name), device, dtype) for name in arguments.monitor]
+    parts = [(_load(name, paths.get(name), arguments, device), weight) for name, weight in wanted]
+    monitors = [_load(name, paths.get(name), arguments, device) for name in arguments.monitor]
     single = len(parts) == 1 and parts[0][1] == 1.0
     target = parts[0][0] if single else Weighted(parts)
     asked = {"reward": dict(wanted), "monitor": list(arguments.monitor), "reward_path": paths}
     asked["reward_dtype"] = arguments.reward_dtype
     return Rewards(target, parts, monitors, asked)
+
+
+def _load(name: str, place: Any, arguments: argparse.Namespace, device: Any) -> Reward:
+    """One reward, its weights on the device or, offloaded, in main memory between its calls."""
+    import torch
+
+    dtype = getattr(torch, arguments.reward_dtype)
+    if not arguments.offload_rewards:
+        return load(name, place, device, dtype)
+    reward = load(name, place, "cpu", dtype)
+    return Offloaded(reward, device) if getattr(reward, "module", None) is not None else reward
 
 
 def _weighted(text: str) -> tuple[str, float]:

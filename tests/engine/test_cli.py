@@ -767,6 +767,25 @@ def test_precision_and_places_of_rewards(toy: Path, monkeypatch):
     assert seen[0][3] == torch.float16
 
 
+def test_offloaded_rewards_rest_in_main_memory_and_score_the_same(toy: Path, monkeypatch):
+    """cpu:0 stands for the second device that machines without a GPU lack."""
+    loaded = []
+
+    def noting(name, place, device, dtype):
+        loaded.append((name, str(device)))
+        return load(name, place, device, dtype)
+
+    monkeypatch.setattr("ipgo_engine.cli.inputs.load", noting)
+    monkeypatch.setattr("ipgo_engine.cli.models.choose_device", lambda _: torch.device("cpu", 0))
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(toy / "a.png")
+    command = ["score", "a.png", "--prompt", "red heart", "--reward", "demo-clip", "--reward", "brightness=0.5"]
+    assert cli.main([*command, "--out", "plain"]) == 0
+    assert cli.main([*command, "--out", "offloaded", "--offload-rewards"]) == 0
+    assert loaded == [("demo-clip", "cpu:0"), ("brightness", "cpu:0"), ("demo-clip", "cpu"), ("brightness", "cpu")]
+    plain, offloaded = (csv_rows(toy / name / "scores.csv")[0]["score"] for name in ("plain", "offloaded"))
+    assert plain == offloaded
+
+
 def test_score_gives_each_picture_its_prompt(toy: Path):
     for name in ("b.png", "a.png"):
         Image.new("RGB", (8, 8)).save(toy / name)

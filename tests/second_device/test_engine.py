@@ -5,6 +5,8 @@
 Not among the tests that run by themselves: the first start compiles, and the device stays in the process.
 """
 
+import json
+
 import pytest
 import torch
 
@@ -13,12 +15,14 @@ from ipgo_engine import (
     NoiseConfig,
     OptimizeConfig,
     TokenConfig,
+    cli,
     demo,
     optimize_jointly,
     optimize_noise,
     rewards,
     train_tokens,
 )
+from ipgo_engine.cli import inputs
 from ipgo_engine.generators.diffusers import DiffusersGenerator
 from ipgo_engine.generators.samplers import SAMPLERS
 from tests import second_device
@@ -144,3 +148,17 @@ def test_rewards_and_their_gradients_are_the_same(root, device, name):  # noqa: 
     for scores, gradient in found[1:]:  # there, and resting here between visits there
         torch.testing.assert_close(scores, found[0][0], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(gradient, found[0][1], rtol=1e-3, atol=1e-6)
+
+
+def test_the_command_line_offloads_rewards(device, tmp_path, monkeypatch, capsys):
+    """The same scores, and weights that rest in main memory."""
+    loaded, scores = [], []
+    monkeypatch.setattr(inputs, "load", lambda *place: loaded.append(rewards.load(*place)) or loaded[-1])
+    for options in ([], ["--offload-rewards"]):
+        out = tmp_path / f"run {len(scores)}"
+        command = ["train", "red heart", "--steps", "2", "--size", "64", "--epochs", "1", "--out", str(out)]
+        assert cli.main([*command, "--device", str(device), *options]) == 0
+        scores.append([step["reward"] for step in json.loads((out / "run.json").read_text())["runs"][0]["history"]])
+    there, offloaded = ({p.device.type for p in reward.module.parameters()} for reward in loaded)
+    assert (there, offloaded) == ({device.type}, {"cpu"})
+    assert scores[1] == pytest.approx(scores[0], rel=1e-3)
