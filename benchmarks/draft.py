@@ -112,12 +112,14 @@ class Bench:
             start = self._score(first, prompt)
             best, image = start, first
             kept = [p.detach().clone() for p in learned]
-            for _ in range(self.options.epochs + 1):  # the last one only evaluates, as IPGO's does
-                made = self._image(prompt, noise, grad=True)
+            for left in reversed(range(self.options.epochs + 1)):  # the last one only evaluates, as IPGO's does
+                made = self._image(prompt, noise, grad=left > 0)
                 reward = self.target.score(made, [prompt])
                 if float(reward.detach()) > float(best):
                     best, image = reward.detach(), made.detach()
                     kept = [p.detach().clone() for p in learned]
+                if not left:
+                    break
                 optimizer.zero_grad()
                 torch.autograd.backward(-reward.sum())
                 torch.nn.utils.clip_grad_norm_(learned, 1.0)
