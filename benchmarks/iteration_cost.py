@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import write_table
+from benchmarks.turns import Memory
 from ipgo_engine import IPGOTokens, NoiseRegularizer, TokenConfig, demo
 from ipgo_engine.generators.denoiser import Guidance, call
 from ipgo_engine.generators.diffusers import DiffusersGenerator
@@ -70,23 +71,18 @@ class Clock:
     """Median seconds and peak memory of a call."""
 
     def __init__(self, device: str, repeats: int) -> None:
-        self.cuda, self.repeats = device.startswith("cuda"), repeats
+        self.memory, self.repeats = Memory(device), repeats
 
     def measure(self, call: Callable[[], Any]) -> tuple[float, float]:
-        """(seconds, peak MiB above what was there before; 0 on a CPU)."""
+        """(seconds, peak MiB above what was there before)."""
         call()
-        times, before = [], 0
-        if self.cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+        times, peak = [], 0.0
+        self.memory.start()
         for _ in range(self.repeats):
             started = time.perf_counter()
             call()
-            if self.cuda:
-                torch.cuda.synchronize()
+            peak = self.memory.peak()  # waits for the device
             times.append(time.perf_counter() - started)
-        peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if self.cuda else 0.0
         return statistics.median(times), peak
 
 
@@ -195,7 +191,7 @@ def main() -> None:
             seconds, peak = clock.measure(step)
             unit = seconds if name == "stock pipeline" else unit
             row = {"step": name, "model steps": count, "seconds": f"{seconds:.4f}", "x stock": f"{seconds / unit:.2f}"}
-            rows.append(row | {"peak MiB": f"{peak:.0f}" if peak else "not measured"})
+            rows.append(row | {"peak MiB": f"{peak:.0f}"})
             print(rows[-1], flush=True)
     what = f"{options.random or 'demo model'}, {options.size} px, {options.dtype}"
     print(write_table(rows, options.out / f"{options.random or 'demo'}-{options.dtype}", f"One step: {what}"))
