@@ -168,7 +168,8 @@ def _pictures(session: Session, outcome: Outcome, attempts: Attempts) -> list[Pi
             return drawn
         rows = [rows[i] for i in spread(len(rows), len(result.image))]
     last = outcome.last_images
-    last = last.float().cpu() if last is not None and len(last) == len(rows) else None
+    # Fewer images than rows are those of one update, whatever rows are shown here.
+    last = last.float().cpu() if last is not None and len(last) == len(outcome.rows) else None
     pictures = []
     for i, (prompt, seed) in enumerate(rows):
         picture = Picture(prompt, seed, result.start_image[i], result.image[i], None if last is None else last[i])

@@ -522,6 +522,17 @@ def test_interrupted_before_anything_was_learned_leaves_nothing(toy: Path, monke
     assert list(toy.iterdir()) == []
 
 
+def test_pictures_of_one_update_are_not_taken_for_those_of_other_rows(toy: Path, monkeypatch: pytest.MonkeyPatch):
+    """Four prompts of an update with four seeds are as many pictures as the rows that a batch run reports."""
+    press_at(monkeypatch, 100)
+    prompts = [f"cat {i}" for i in range(5)]
+    command = ["train", *prompts, "--mode", "batch", "--reward", "brightness", "--epochs", "40", "--seeds", "0-3"]
+    assert cli.main([*command, *SMALL_TOKENS, "--micro-batch", "16", "--out", "run"]) == 130
+    rows = csv_rows(toy / "run/scores.csv")
+    assert len(rows) == 16
+    assert {row["last"] for row in rows} == {""}
+
+
 def test_an_interrupted_run_names_its_files_like_a_whole_one(toy: Path, monkeypatch: pytest.MonkeyPatch):
     command = [*TRAIN, "black cat", "--out", "run"]
     with monkeypatch.context() as patch:
