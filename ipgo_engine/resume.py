@@ -39,7 +39,7 @@ def state_of(loop: Loop) -> dict[str, Any]:
 
 def differences(loop: Loop, state: Mapping[str, Any]) -> list[str]:
     """Names of the settings in which the run that left this state differs from this one."""
-    return _different(state.get("identity", {}), _identity(loop))
+    return differing(state.get("identity", {}), _identity(loop))
 
 
 def put_back(loop: Loop, state: Mapping[str, Any]) -> None:
@@ -62,8 +62,8 @@ def put_back(loop: Loop, state: Mapping[str, Any]) -> None:
 def _identity(loop: Loop) -> dict[str, Any]:
     """What must be equal for a resume to make sense; a longer run of the same kind may go on."""
     return {
-        "settings": _as_json(loop.settings),
-        "generator": _as_json(loop.task.generator.settings),
+        "settings": comparable(loop.settings),
+        "generator": comparable(loop.task.generator.settings),
         "prompts": loop.problem.prompts,
         "encoder": loop.task.generator.encoder,
         "noise_shape": list(loop.task.generator.noise_shape),
@@ -71,19 +71,19 @@ def _identity(loop: Loop) -> dict[str, Any]:
     }
 
 
-def _as_json(value: Any) -> Any:
-    """Settings as JSON gives them back, so that they compare equal after a round trip."""
+def comparable(value: Any) -> Any:
+    """Settings as JSON gives them back, so that they compare equal after a round trip, less those of `WATCHING`."""
     if isinstance(value, Mapping):
-        return {key: _as_json(item) for key, item in value.items() if key not in WATCHING}
-    return [_as_json(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: comparable(item) for key, item in value.items() if key not in WATCHING}
+    return [comparable(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _different(theirs: Any, mine: Any, name: str = "") -> list[str]:
+def differing(theirs: Any, mine: Any, name: str = "") -> list[str]:
     """Names of the settings that differ, innermost ones."""
     if not (isinstance(theirs, Mapping) and isinstance(mine, Mapping)):
         return [] if theirs == mine else [name]
     keys = sorted({*theirs, *mine})
-    return [found for key in keys for found in _different(theirs.get(key), mine.get(key), str(key))]
+    return [found for key in keys for found in differing(theirs.get(key), mine.get(key), str(key))]
 
 
 def _to_device(value: Any, device: torch.device) -> Any:

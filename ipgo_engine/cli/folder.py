@@ -10,6 +10,8 @@ from typing import Any
 
 from ..errors import InputError
 from ..report import write_json
+from ..report.tables import plain
+from ..resume import comparable, differing
 
 RUN_FILE = "run.json"
 
@@ -90,15 +92,18 @@ def _next_free(path: Path) -> Path:
 
 
 def check_same(previous: Mapping[str, Any], now: Mapping[str, Any], where: Path) -> None:
-    """Raise `InputError` unless the run to resume was started with the same model, sampler, rewards and prompts.
+    """Raise `InputError` unless the run to resume was started with the same prompts, model, rewards and settings.
 
-    The engine compares the method's own settings by itself.
+    The engine compares settings with those of a state, but a prompt that was not begun has none: it would be learned
+    with other settings than the rest.
     """
-    ours = json.loads(json.dumps(now))
+    before, ours = comparable(previous), comparable(plain(now))
     different = []
     for key, value in ours.items():
-        theirs = previous.get(key)
-        if isinstance(value, dict) and isinstance(theirs, dict):
+        theirs = before.get(key)
+        if key == "config":
+            different += differing(theirs, value, key)
+        elif isinstance(value, dict) and isinstance(theirs, dict):
             different += [name for name in value if theirs.get(name) != value[name]]
         elif theirs != value:
             different.append(key)

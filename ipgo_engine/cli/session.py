@@ -46,7 +46,6 @@ class Session:
         return {
             "command": self.command,
             **self.fixed,
-            "config": self.config,
             "encoder": self.generator.encoder,
             "noise_shape": self.generator.noise_shape,
             "device": str(self.generator.device),
@@ -64,6 +63,7 @@ class Session:
             "seeds": self.seeds,
             "mode": mode,
             "generator": self.settings,
+            "config": self.config,
             "rewards": {key: self.rewards.names[key] for key in ("reward", "monitor")},
         }
 

@@ -579,6 +579,21 @@ def test_resume_refuses_another_run(toy: Path, capsys: pytest.CaptureFixture[str
     assert {path: path.read_bytes() for path in (toy / "run").rglob("*") if path.is_file()} == kept
 
 
+def test_resume_with_other_settings_is_refused_before_the_prompts_that_were_not_begun(
+    toy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    for number, command in enumerate((TRAIN, JOINT)):
+        run = [*command, "black cat", "--clip-norm", "inf", "--out", f"run-{number}"]
+        with monkeypatch.context() as patch:
+            press_at(patch, 12)
+            assert cli.main(run) == 130
+        kept = {path: path.read_bytes() for path in toy.rglob("*") if path.is_file()}
+        assert cli.main([*run, "--conformity", "0.5", "--resume"]) == 2
+        assert "(different: conformity)" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in toy.rglob("*") if path.is_file()} == kept
+        assert cli.main([*run, "--monitor-every", "2", "--resume"]) == 0
+
+
 def test_a_longer_run_goes_on(toy: Path):
     assert cli.main([*NOISE, "--out", "run"]) == 0
     assert cli.main([*NOISE, "--iterations", "5", "--out", "run", "--resume"]) == 0
