@@ -87,8 +87,9 @@ def _work(session: Session, method: Method, jobs: list[Job]) -> tuple[list[Outco
     outcomes: list[Outcome] = []
     failures: list[Failure] = []
     for job in jobs:
-        if session.interrupt.requested:
-            break
+        # After Ctrl-C what an earlier run has learned still counts: read from its state, it costs no picture.
+        if session.interrupt.requested and not (session.folder.resumed and _state(session, job).exists()):
+            continue
         try:
             outcome, reason = _one(session, method, job, len(jobs))
             outcomes.append(outcome)
@@ -131,14 +132,17 @@ def _one(session: Session, method: Method, job: Job, count: int) -> tuple[Outcom
     return Outcome(job.name, job.rows, job.prompts, result, last, time.perf_counter() - started), reason
 
 
+def _state(session: Session, job: Job) -> Path:
+    return session.folder / f"state-{job.number:02d}.safetensors"
+
+
 def _inputs(session: Session, method: Method, job: Job, progress: Progress) -> dict[str, Any]:
     """The arguments of one call; `train` takes its seeds from the settings, the others one seed per row."""
-    state: Path = session.folder / f"state-{job.number:02d}.safetensors"
     common: dict[str, Any] = {
         "config": session.config,
         "observer": progress,
         "monitors": session.rewards.monitors,
-        "state_file": state,
+        "state_file": _state(session, job),
         "resume": session.folder.resumed,
     }
     if method is train_tokens:

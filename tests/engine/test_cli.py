@@ -543,6 +543,23 @@ def test_an_interrupted_run_names_its_files_like_a_whole_one(toy: Path, monkeypa
     assert len(list((toy / "run").glob("tokens*"))) == 2
 
 
+def test_a_resume_that_is_interrupted_loses_nothing_of_the_table(toy: Path, monkeypatch: pytest.MonkeyPatch):
+    command = [*TRAIN, "black cat", "rocket", "--fresh-seeds", "0", "--out", "run"]
+    with monkeypatch.context() as patch:
+        press_at(patch, 2 * 18 + 9)
+        assert cli.main(command) == 130
+    before = csv_rows(toy / "run/scores.csv")
+    assert [row["prompt"] for row in before] == ["red heart", "black cat", "rocket"]
+    with monkeypatch.context() as patch:
+        press_at(patch, 2)
+        assert cli.main([*command, "--resume"]) == 130
+    after = csv_rows(toy / "run/scores.csv")
+    assert [(row["prompt"], row["best"]) for row in after] == [(row["prompt"], row["best"]) for row in before]
+    assert cli.main([*command, "--resume"]) == 0
+    assert cli.main([*command[:-1], "whole"]) == 0
+    assert csv_rows(toy / "run/scores.csv") == csv_rows(toy / "whole/scores.csv")
+
+
 def test_generate_interrupted_keeps_what_is_drawn(toy: Path, monkeypatch: pytest.MonkeyPatch):
     press_at(monkeypatch, 2 * 3 + 1)  # three steps per batch of four: in the third batch
     prompts = [f"cat {i}" for i in range(12)]
