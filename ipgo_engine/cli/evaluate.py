@@ -14,6 +14,7 @@ from ..config import LoopConfig, NoiseConfig, OptimizeConfig
 from ..errors import Cancelled, IPGOError
 from ..events import StepEvent
 from ..generators.base import Generator
+from ..loop import VALIDATION_ROWS
 from ..memory import is_out_of_memory
 from ..rewards import Reward, scores_of
 from ..tokens import IPGOTokens
@@ -140,11 +141,12 @@ def best_of(
 
 
 def images_at_equal_cost(
-    config: LoopConfig, history: Sequence[StepEvent], steps: int, *, differentiable: bool = True
+    config: LoopConfig, history: Sequence[StepEvent], steps: int, *, differentiable: bool = True, rows: int = 1
 ) -> int:
-    """How many images cost as many model evaluations as the run spent on one of its images.
+    """How many images cost as many model evaluations as the run spent on one of its `rows` images.
 
-    A backward pass counts as two evaluations and a recomputed forward pass as one.
+    A backward pass counts as two evaluations and a recomputed forward pass as one. Epochs of several updates are
+    compared by a validation each, of so many rows at most.
     """
     if not history:
         return 1
@@ -156,5 +158,7 @@ def images_at_equal_cost(
     through = min(config.backprop_steps or steps, steps) if gradient in ("exact", "hybrid-image", "hybrid-noise") else 0
     samples = config.perturbations if gradient in ("zeroth-order", "hybrid-noise") else 0
     one_update = steps * (1 + samples) + through * (3 if config.checkpoint else 2)
+    if history[-1].total > rounds:
+        one_update += steps * min(rows, VALIDATION_ROWS) / rows
     start = 0 if isinstance(config, NoiseConfig) else 1  # noise starts at the stock image; tokens are compared with it
     return max(1, math.ceil((updates * one_update + (1 + start) * steps) / steps))

@@ -267,8 +267,8 @@ def _best_of(session: Session, prompt: str, count: int) -> list[float]:
 
 def _equal_cost(session: Session, outcome: Outcome) -> int:
     differentiable = session.rewards.target.differentiable
-    history, steps = outcome.result.history, session.generator.steps
-    return images_at_equal_cost(session.loop, history, steps, differentiable=differentiable)
+    history, steps, rows = outcome.result.history, session.generator.steps, len(outcome.rows)
+    return images_at_equal_cost(session.loop, history, steps, differentiable=differentiable, rows=rows)
 
 
 def _write_images(session: Session, pictures: Sequence[Picture]) -> None:

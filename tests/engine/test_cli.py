@@ -18,13 +18,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ipgo_engine import IPGOTokens, TokenConfig, cli
+from ipgo_engine import IPGOTokens, OptimizeConfig, TokenConfig, cli, train_tokens
 from ipgo_engine.cli import demo, models
+from ipgo_engine.cli.evaluate import images_at_equal_cost
 from ipgo_engine.cli.inputs import gather_prompts, parse_seeds, parse_size, read_prompts
 from ipgo_engine.errors import Cancelled, InputError, NonFiniteError
 from ipgo_engine.formats.noise import read_noise, write_noise
 from ipgo_engine.rewards import load
-from tests.engine.toys import ToyGenerator
+from tests.engine.toys import ToyGenerator, ToyReward
 
 ROOT = Path(__file__).parents[2]
 TRAIN = ["train", "red heart", "--reward", "brightness", "--epochs", "3"]
@@ -365,6 +366,23 @@ def test_black_box_reward(toy: Path):
     assert cli.main(["noise", "a", "--reward", "jpeg", "--iterations", "2", "--perturbations", "2"]) == 0
     assert cli.main(["noise", "a", "--reward", "jpeg", "--iterations", "1", "--gradient", "zeroth-order"]) == 0
     assert sorted(p.name for p in (toy / "results").iterdir()) == ["noise", "noise-2"]
+
+
+@pytest.mark.parametrize(("count", "batch"), [(1, None), (8, 4), (20, 4)])
+def test_best_of_n_costs_what_the_run_cost(count: int, batch: int | None):
+    """Validations between the updates of an epoch are model evaluations like any other."""
+    generator, evaluations = ToyGenerator(), [2 * 20 * count]  # a backward through one step counts as two
+    model = generator._model
+
+    def counting(x: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        evaluations[0] += len(x)
+        return model(x, embeddings)
+
+    generator._model = counting  # type: ignore[method-assign]
+    config = OptimizeConfig(epochs=20, batch_size=batch, tokens=TokenConfig(basis_size=4))
+    result = train_tokens(generator, ToyReward(), [f"cat {i}" for i in range(count)], config)
+    cost = images_at_equal_cost(config, result.history, generator.steps, rows=count)
+    assert cost == pytest.approx(evaluations[0] / generator.steps / count, abs=1)
 
 
 # -- what breaks ------------------------------------------------------------------------------------------------------
