@@ -33,6 +33,11 @@ def make_scheduler(name: str, config: Any) -> Any:
     """The diffusers scheduler of this name with a pipeline's scheduler settings, as `from_config` makes it."""
     if name not in SAMPLERS:
         raise InputError(f"sampler is {name!r}: use one of {', '.join(SAMPLERS)}.")
+    if "beta_schedule" not in config:  # from_config would take betas of its own, and the picture would be noise
+        raise InputError(
+            "the pipeline's scheduler has no beta_schedule: its model was trained otherwise (flow matching, EDM), and "
+            "no sampler here can sample it. Use a model that predicts epsilon or v."
+        )
     import diffusers
 
     class_name, changes = SAMPLERS[name]
@@ -73,7 +78,14 @@ class Sampler:
         quadrature = getattr(scheduler, "get_lms_coefficient", None)
         self._lms = functools.cache(quadrature) if quadrature else None
         self.timesteps: list[Tensor] = list(scheduler.timesteps)
-        self._draws = self._probe()
+        try:
+            self._draws = self._probe()
+        except (ValueError, NotImplementedError) as error:
+            kind = scheduler.config.get("prediction_type")
+            raise InputError(
+                f"{type(scheduler).__name__} cannot sample a model whose prediction_type is {kind!r} ({error}): use "
+                "another sampler."
+            ) from error
 
     @property
     def shape(self) -> tuple[int, ...]:

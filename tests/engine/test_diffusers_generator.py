@@ -669,6 +669,24 @@ def test_settings_that_cannot_work(sd: Any, settings: dict[str, Any], message: s
         make(sd, **settings)
 
 
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"])
+def test_models_without_betas_are_refused(name: str) -> None:
+    """The samplers here would make up betas, and the picture would be noise."""
+    pipeline = tiny.sd()
+    pipeline.scheduler = getattr(diffusers, name)()
+    with pytest.raises(InputError, match="flow matching, EDM"):
+        make(pipeline)
+
+
+@pytest.mark.parametrize(("kind", "sampler"), [("flow_prediction", "ddim"), ("sample", "euler_ancestral")])
+def test_predictions_that_a_sampler_does_not_know_are_refused(kind: str, sampler: str) -> None:
+    pipeline = tiny.sd()
+    pipeline.scheduler = diffusers.DPMSolverMultistepScheduler(prediction_type=kind)
+    with pytest.raises(InputError, match=f"prediction_type is '{kind}'.*another sampler"):
+        make(pipeline, sampler=sampler)
+    make(pipeline, sampler="dpmpp_2m")
+
+
 def test_inputs_that_cannot_work(sd: Any, sdxl: Any) -> None:
     generator = make(sd, eta=1.0)
     conditioning, noise = generator.encode(["a cat"]), generator.draw_noise([1])
