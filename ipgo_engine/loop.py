@@ -123,11 +123,14 @@ class Loop:
             return self._recover(trouble, last)
         self._remember(judged, probability)  # nothing that has no gradient: a run would go back to it for ever
         monitors = self._measure(judged, step, last)  # before the update: Cancel in here leaves the step to be repeated
-        if not last:
+        stop = not last and self._should_stop(probability, monitors)
+        if not (last or stop):  # an update beyond the stop would be evaluated by a resume, which then ends elsewhere
             self._apply(evaluation, penalty)
         seconds = time.perf_counter() - started
         self._report(step, evaluation, probability, float(penalty.detach()) / len(rows), norm, monitors, seconds)
-        return not (last or self._should_stop(step, probability))
+        if stop:
+            self._stop(step, self.stopped)
+        return not (last or stop)
 
     def _judged(self, rows: list[int], evaluation: Evaluation) -> tuple[list[int], Evaluation] | None:
         """What steps are compared by: the update's own rows or, where those are a part of the prompts, a validation.
@@ -282,19 +285,17 @@ class Loop:
         preview = step % self.config.preview_every == 0 or step == self.total
         self.observer.on_step(replace(event, images=evaluation.images) if preview else event)
 
-    def _should_stop(self, step: int, probability: Tensor | None) -> bool:
+    def _should_stop(self, probability: Tensor | None, monitors: dict[str, float]) -> bool:
         improbable = self._improbable(probability)
         if improbable:
             self.stopped = improbable
         elif self.config.patience is not None and self.monitors:
             name = next(iter(self.monitors))
-            values = [event.monitors[name] for event in self.history if name in event.monitors]
+            measured = [*(event.monitors for event in self.history), monitors]
+            values = [scores[name] for scores in measured if name in scores]
             if values and len(values) - 1 - values.index(max(values)) >= self.config.patience:
                 self.stopped = f"the held-out reward {name!r} has stopped rising"
-        if self.stopped == "finished":
-            return False
-        self._stop(step, self.stopped)
-        return True
+        return self.stopped != "finished"
 
     def _improbable(self, probability: Tensor | None) -> str | None:
         """Why no image can become better any more: each noise by itself, or, with shared parameters, all by one."""

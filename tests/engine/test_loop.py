@@ -479,6 +479,31 @@ def test_a_falling_probability_stops_the_run_and_improbable_noise_is_never_the_b
     assert result.probability.min() >= 0.01
 
 
+def test_a_run_that_ended_early_ends_there_again(tmp_path):
+    """With a list of prompts a resume meets those that are done, and must leave them as they are."""
+    held_out = Weighted([(ToyReward(), -1.0)])
+    falling = dataclasses.replace(TOKENS, epochs=50, monitor_every=2, patience=2)
+    improbable = NoiseConfig(iterations=60, learning_rate=0.1, regularization=0.0, min_probability=0.01)
+
+    def tokens(patience=2, **options):
+        config = dataclasses.replace(falling, patience=patience)
+        return train_tokens(ToyGenerator(), ToyReward(), ["a"], config, monitors=[held_out], **options)
+
+    def noise(**options):
+        return optimize_noise(ToyGenerator(), ToyReward(), ["a"], improbable, **options)
+
+    for name, method in (("tokens", tokens), ("noise", noise)):
+        once = method(state_file=tmp_path / name)
+        watcher = Watcher()
+        again = method(state_file=tmp_path / name, resume=True, observer=watcher)
+        assert once.stopped == again.stopped != "finished"
+        assert torch.equal(once.rewards, again.rewards)
+        assert [event.reward for event in once.history] == [event.reward for event in again.history]
+        assert [event.step for event in watcher.events] == [once.history[-1].step]
+    patient = tokens(patience=4, state_file=tmp_path / "tokens", resume=True)
+    assert [event.reward for event in patient.history] == [event.reward for event in tokens(patience=4).history]
+
+
 def test_the_regularizer_keeps_the_noise_probable():
     free = NoiseConfig(iterations=60, learning_rate=0.05, regularization=0.0)
     kept = dataclasses.replace(free, regularization=1.0)
