@@ -292,7 +292,7 @@ class Loop:
         elif self.config.patience is not None and self.monitors:
             name = next(iter(self.monitors))
             measured = [*(event.monitors for event in self.history), monitors]
-            values = [scores[name] for scores in measured if name in scores]
+            values = [scores[name] for scores in measured if not math.isnan(scores.get(name, math.nan))]
             if values and len(values) - 1 - values.index(max(values)) >= self.config.patience:
                 self.stopped = f"the held-out reward {name!r} has stopped rising"
         return self.stopped != "finished"

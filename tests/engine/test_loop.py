@@ -690,6 +690,12 @@ def test_stopped_while_a_step_is_reported_and_resumed_equals_uninterrupted(tmp_p
     assert [event.reward for event in whole.history] == [event.reward for event in again.history]
 
 
+def test_a_held_out_reward_that_is_not_a_number_first_does_not_end_a_run_that_helps():
+    config = dataclasses.replace(TOKENS, monitor_every=2, patience=2)
+    result = train_tokens(ToyGenerator(), ToyReward(), ["a"], config, monitors=[Moody({1})])
+    assert result.stopped == "finished"
+
+
 def test_a_validation_that_is_not_a_number_is_never_the_best():
     """Calls of the reward: raw prompts, then one per update, and a validation at the start of every epoch."""
     config = dataclasses.replace(TOKENS, batch_size=1, epochs=6)
