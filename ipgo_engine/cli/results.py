@@ -81,14 +81,16 @@ def write_results(session: Session, outcomes: Sequence[Outcome], failures: Seque
     groups = [_pictures(session, outcome, attempts) for outcome in outcomes]
     pictures = [picture for group in groups for picture in group]
     record = _record(session, outcomes, failures, seconds)
+    _write_scores(session, pictures, record)  # numbers first: where the disk is full, they still fit
     _write_images(session, pictures)
     _write_curves(session, outcomes)
-    _write_scores(session, pictures, record)
+    _write_sheet(session, pictures)
     for outcome, group in zip(outcomes, groups, strict=True):
         _score(session, group, attempts)
         attempts("P(z)", lambda o=outcome, g=group: _probabilities(session, o, g))
         _compare(session, outcome, group, attempts)
     records = _write_scores(session, pictures, record)
+    _write_sheet(session, pictures)
     return plain_table(records + _mean(records))
 
 
@@ -120,7 +122,6 @@ def _write_curves(session: Session, outcomes: Sequence[Outcome]) -> None:
 def _write_scores(session: Session, pictures: Sequence[Picture], record: dict[str, Any]) -> list[dict[str, Any]]:
     """The files that hold scores: what the table says of every picture."""
     records = [{"prompt": p.prompt, "seed": p.seed, **p.scores} for p in pictures]
-    _write_sheet(session, pictures)
     write_csv(session.folder / "scores.csv", records)
     write_json(session.folder / RUN_FILE, record | {"scores": records})
     return records

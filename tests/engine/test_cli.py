@@ -474,6 +474,16 @@ def test_a_comparison_that_breaks_costs_its_cells_only(toy: Path, monkeypatch, c
     assert Image.open(toy / "run/before-after.png")
 
 
+def test_numbers_are_written_where_pictures_have_no_room(toy: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(path: Path, *_: Any) -> None:
+        raise InputError(f"{path} cannot be written (no space left on device)")
+
+    monkeypatch.setattr("ipgo_engine.cli.results.save_image", full)
+    assert cli.main([*TRAIN, "black cat", "--out", "run"]) != 0
+    assert [float(row["best"]) > 0 for row in csv_rows(toy / "run/scores.csv")] == [True, True]
+    assert record(toy / "run")["stopped"] == "finished"
+
+
 def test_pictures_are_made_one_at_a_time_when_memory_runs_out(toy: Path, monkeypatch: pytest.MonkeyPatch):
     """More than one picture at a time is too much wherever the loop does not say how many steps need gradients."""
     make, sizes = ToyGenerator.generate, []
