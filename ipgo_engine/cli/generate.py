@@ -24,8 +24,10 @@ from .evaluate import Attempts, in_groups, rate, render_at_once
 from .folder import RUN_FILE, ResultsFolder, plan_folder
 from .inputs import Rewards, gather_prompts, load_rewards, parse_seeds
 from .interrupt import Interrupt
+from .results import IN_GRID
 
 AT_ONCE = 4
+IN_SHEET = 100  # pictures of the contact sheet; all of them are in the folder beside it
 
 
 @dataclass
@@ -200,16 +202,18 @@ def _write(
     records: Sequence[dict[str, Any]] = (),
     target: str = "",
 ) -> None:
-    """The sheet of all pictures, run.json and, once there are scores, their table."""
-    captions = [f"{prompt}  (seed {seed})" for prompt, seed in pictures.done]
+    """The sheet of the first pictures, run.json and, once there are scores, their table."""
+    shown = IN_GRID if pictures.learned else IN_SHEET
+    captions = [f"{prompt}  (seed {seed})" for prompt, seed in pictures.done[:shown]]
     if pictures.learned:
-        low, high = ([line[f"{target} {name}"] for line in records] for name in ("raw", "learned"))
+        low, high = ([line[f"{target} {name}"] for line in records[:shown]] for name in ("raw", "learned"))
         known = bool(records) and None not in (*low, *high)
-        sides = torch.stack(pictures.raw), torch.stack(pictures.learned)
+        sides = torch.stack(pictures.raw[:shown]), torch.stack(pictures.learned[:shown])
         sheet = before_after(*sides, captions, low if known else None, high if known else None)
         save_image(folder / "before-after.png", sheet)
     else:
-        sheet = contact_sheet([Tile(image, text) for image, text in zip(pictures.raw, captions, strict=True)])
+        tiles = [Tile(image, text) for image, text in zip(pictures.raw[:shown], captions, strict=True)]
+        sheet = contact_sheet(tiles)
         save_image(folder / "pictures.png", sheet)
     if records:
         write_csv(folder / "scores.csv", records)

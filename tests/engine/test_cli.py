@@ -344,6 +344,18 @@ def test_many_prompts_all_get_pictures(toy: Path):
     assert len(list((toy / "run/images").glob("*-best.png"))) == 20
 
 
+def test_sheets_of_many_pictures_can_be_opened(toy: Path):
+    """Every row is some 280 pixels high, and many programs show no more than 65,535."""
+    assert cli.main([*TRAIN, "--out", "run"]) == 0
+    many = ["generate", "red heart", "--seeds", "0-119"]
+    assert cli.main([*many, "--out", "plain"]) == 0
+    assert cli.main([*many, "--tokens", "run/tokens.safetensors", "--reward", "brightness", "--out", "learned"]) == 0
+    assert len(list((toy / "plain/images").iterdir())) == len(csv_rows(toy / "learned/scores.csv")) == 120
+    for sheet in ("plain/pictures.png", "learned/before-after.png"):
+        with Image.open(toy / sheet) as picture:
+            assert max(picture.size) < 8000
+
+
 def test_settings_reach_the_engine(toy: Path):
     flags = ["--learning-rate", "0.5", "--no-checkpoint", "--backprop-steps", "2", "--which", "initial"]
     assert cli.main([*NOISE, *flags, "--block-size", "auto", "--min-probability", "0.01", "--out", "run"]) == 0
