@@ -39,6 +39,9 @@ def load_pipeline(
         options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     else:
         options |= {"add_watermarker": False}
+    weights = [file.name for file in (Path(folder) / "unet").glob("*.safetensors")]
+    if weights and all(".fp16" in name for name in weights):  # downloads of half the size hold nothing else
+        options["variant"] = "fp16"
     try:
         with warnings.catch_warnings():
             # The option is called `dtype` in later versions, which still take this name; earlier ones take no other.

@@ -604,6 +604,14 @@ def test_load_from_a_folder(kind: str, tmp_path: Any, request: pytest.FixtureReq
     assert half._dtype == torch.bfloat16
 
 
+def test_load_from_a_folder_of_half_precision_files_alone(sdxl: Any, tmp_path: Any) -> None:
+    for variant in (None, "fp16"):
+        sdxl.save_pretrained(tmp_path / str(variant), variant=variant)
+    plain, half = (DiffusersGenerator.load(tmp_path / str(variant), steps=2) for variant in (None, "fp16"))
+    assert plain.settings == half.settings
+    assert torch.allclose(image(plain, ["a cat"], [1]), image(half, ["a cat"], [1]), atol=2e-5)
+
+
 def test_load_refuses_what_it_cannot_use(sd: Any, tmp_path: Any) -> None:
     with pytest.raises(InputError, match=r"folder is .*nowhere.*model_index\.json"):
         DiffusersGenerator.load(tmp_path / "nowhere")
