@@ -21,9 +21,14 @@ DIFFERENTIABLE = ("clip", "aesthetic", "sum", "robust", "offloaded", "another pa
 BLACK_BOXES = ("jpeg", "judge")
 
 
+def drawing(**size):
+    pipeline = tiny_pipelines.sd(contrast=4.0)
+    return DiffusersGenerator(pipeline, steps=3, guidance_scale=2.0, sampler="ddim", eta=1.0, **size)
+
+
 @pytest.fixture(scope="module")
 def generator():
-    return DiffusersGenerator(tiny_pipelines.sd(contrast=4.0), steps=3, guidance_scale=2.0, sampler="ddim", eta=1.0)
+    return drawing()
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +76,8 @@ def test_noise(generator, kinds, name):
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE + BLACK_BOXES)
 def test_tokens(generator, kinds, name):
+    if name == "jpeg":  # a file of 16 x 16 pixels is nearly all header: tokens change it by a byte or not at all
+        generator = drawing(width=64, height=64)
     tokens = TokenConfig(prefix_length=2, suffix_length=2, basis_size=4, scale=3.0)
     config = OptimizeConfig(tokens=tokens, epochs=5, learning_rate=0.05, seeds=(1,), **gradient_of(name))
     result = train_tokens(generator, kinds[name], [PROMPT], config)
