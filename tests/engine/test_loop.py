@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -170,6 +171,14 @@ def test_resume_refuses_the_state_of_another_run(tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(InputError, match="damaged"):
         run("noise", state_file=file, resume=True)
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.permutations(["tokens", "noise", "joint"], 2)))
+def test_resume_refuses_the_state_of_another_method(first, second, tmp_path):
+    file = tmp_path / "state.safetensors"
+    run(first, Watcher(2), state_file=file)
+    with pytest.raises(InputError, match="belongs to another run"):
+        run(second, state_file=file, resume=True)
 
 
 @pytest.mark.parametrize("method", ["tokens", "noise", "joint"])
