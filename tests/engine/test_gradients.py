@@ -113,3 +113,21 @@ def test_auto_is_exact_where_that_is_possible_and_hybrid_in_noise_otherwise(diff
 
     assert rewards("auto") == rewards(chosen)
     assert rewards("auto") != rewards("hybrid-image")
+
+
+@pytest.mark.parametrize("name", ["hybrid-noise", "hybrid-image"])
+def test_what_a_generator_gives_beyond_white_and_black_is_not_cut_off(name):
+    """Only perturbations are kept within its range: a cut picture would score by the cut, not by its direction."""
+
+    class Harsh(ToyGenerator):
+        def generate(self, *arguments, **options):
+            return super().generate(*arguments, **options) * 3 - 1
+
+    reward, scale = Noting(), 1e-3
+    config = NoiseConfig(regularization=0.0, perturbations=1, perturbation_scale=scale)
+    problem = NoiseProblem(Harsh(), PROMPTS, [0, 1], config)
+    ESTIMATORS[name](Task(Harsh(), problem, reward, config, 2, None, True), [0, 1], 0)
+    drawn, changed = reward.images
+    assert drawn.max() > 1.5
+    assert drawn.min() < -0.5
+    assert (changed - drawn).abs().max() < 10 * scale
