@@ -49,7 +49,8 @@ def sampling_inputs(steps: int, cfg: float, sampler: str) -> list[Any]:
         ),
         io.Combo.Input(
             "sampler_name", options=samplers(), default=sampler,
-            tooltip="Your installed samplers, without those whose gradient is wrong (deis, ipndm_v, dpm_adaptive).",
+            tooltip="Your installed samplers, without those whose gradient is wrong (deis, ipndm_v, dpm_adaptive, "
+            "ar_video).",
         ),
         io.Combo.Input(
             "scheduler", options=schedulers(), default="normal", tooltip="How the noise level falls, as in KSampler."

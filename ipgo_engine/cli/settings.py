@@ -78,7 +78,10 @@ NOISE = {
     "which": Option("optimize the initial noise only, or every injected noise too", str, ("initial", "all")),
     "block_size": Option("k, block size of the regularizer", int, none="auto"),
     "permutations": Option("permutations of the regularizer", int),
-    "min_probability": Option("stop when P(z) of every image is below this, or 'none'", none="none"),
+    "min_probability": Option(
+        "noise whose P(z) is below this is never the best; stop when that of every image is (with tokens: of any)",
+        none="none",
+    ),
 }
 JOINT_TOKENS = {key: TRAIN[key] for key in ("conformity", "conformity_norm")} | {
     "learning_rate": Option("size of an update of the tokens", flag="--token-learning-rate")

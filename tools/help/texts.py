@@ -42,9 +42,9 @@ The weights rest in main memory and visit the GPU for as long as a run needs the
 RESTRICTIONS = """
 ## What works
 
-Every stock sampler and scheduler except `deis`, `ipndm_v` and `dpm_adaptive`, whose gradients are wrong. Model
-patches (LoRA, ControlNet, FreeU and the like) are respected. EasyCache, LazyCache and scheduled hooks are refused by
-name. The model, the VAE and the text encoder are not changed: the same KSampler gives the same picture before and
+Every stock sampler and scheduler except `deis`, `ipndm_v`, `dpm_adaptive` and `ar_video`, whose gradients are wrong.
+Model patches (LoRA, ControlNet, FreeU and the like) are respected. EasyCache, LazyCache and scheduled hooks are refused
+by name. The model, the VAE and the text encoder are not changed: the same KSampler gives the same picture before and
 after.
 """
 
