@@ -463,6 +463,14 @@ def test_initial_noise_only_leaves_the_injected_noises_alone():
     assert not torch.equal(result.best[:, :1], drawn[:, :1])
 
 
+def test_previews_come_at_their_steps_and_at_the_end():
+    watcher = Watcher()
+    config = dataclasses.replace(NOISE, preview_every=3)
+    result = optimize_noise(ToyGenerator(), ToyReward(), ["red heart"], config, watcher)
+    assert [event.step for event in watcher.events if event.images is not None] == [0, 3, 6, 8]
+    assert all(event.images is None for event in result.history)  # pictures of all steps would fill the memory
+
+
 def test_held_out_rewards_are_measured_and_stop_a_run_that_stops_helping():
     class Opposite(ToyReward):
         def score(self, images, prompts):
