@@ -268,6 +268,16 @@ def test_nobody_there_and_too_slow():
             release.set()
 
 
+def test_an_answered_call_leaves_no_clock_running():
+    """It would keep the whole program waiting for the rest of the timeout."""
+    with serving(Endpoint().handler()) as url:
+        judge(url, timeout=30.0).score(batch(0.5), ["grey"])
+    clocks = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    for clock in clocks:
+        clock.join(5.0)  # stopped, it ends by itself
+    assert not any(clock.is_alive() for clock in clocks)
+
+
 @pytest.mark.parametrize("slow", ["headers", "body"])
 def test_a_call_ends_in_time_though_bytes_keep_coming(slow):
     release, handler = threading.Event(), Endpoint().handler()

@@ -184,7 +184,7 @@ def test_bad_settings():
     for parts in ([], [(rewards.load("jpeg"), 0.0)], [(rewards.load("jpeg"), float("nan"))]):
         with pytest.raises(InputError):
             rewards.Weighted(parts)
-    for scales in ([], [(0.0, 0.0)], [(float("inf"), 1.0)]):
+    for scales in ([], [(0.0, 0.0)], [(float("inf"), 1.0)], [(0.0, float("inf"))]):
         with pytest.raises(InputError, match="scale"):
             rewards.Weighted([(rewards.load("jpeg"), 1.0)], scales=scales)
 
