@@ -71,7 +71,10 @@ def _run(session: Session, method: Method) -> int:
         outcomes, failures = _work(session, method, jobs)
         if not outcomes:
             raise _nothing(failures)
-        table = write_results(session, outcomes, failures, time.time() - started)
+        try:
+            table = write_results(session, outcomes, failures, time.time() - started)
+        except InputError as error:  # a full disk by now is no bad input: what was learned is written
+            raise IPGOError(str(error)) from error
     print(table)
     print(describe(session.folder.path))
     if failures and len(jobs) > 1:

@@ -48,13 +48,15 @@ def read_state(path: str | Path) -> dict[str, Any]:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
         if metadata.get("format") != FORMAT:
             raise ValueError(f"format {metadata.get('format')!r}")
-        tree = json.loads(metadata["state"])
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        return _filled(json.loads(metadata["state"]), tensors)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} is not a resume file of this engine or is damaged ({error}).") from error
 
-    def fill(value: Any) -> Any:
-        if isinstance(value, dict):
-            return tensors[value[_TENSOR]] if _TENSOR in value else {key: fill(item) for key, item in value.items()}
-        return [fill(item) for item in value] if isinstance(value, list) else value
 
-    return fill(tree)
+def _filled(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The tree with its tensors back in their places."""
+    if isinstance(value, dict) and _TENSOR in value:
+        return tensors[value[_TENSOR]]
+    if isinstance(value, dict):
+        return {key: _filled(item, tensors) for key, item in value.items()}
+    return [_filled(item, tensors) for item in value] if isinstance(value, list) else value

@@ -493,7 +493,7 @@ def test_numbers_are_written_where_pictures_have_no_room(toy: Path, monkeypatch:
         raise InputError(f"{path} cannot be written (no space left on device)")
 
     monkeypatch.setattr("ipgo_engine.cli.results.save_image", full)
-    assert cli.main([*TRAIN, "black cat", "--out", "run"]) != 0
+    assert cli.main([*TRAIN, "black cat", "--out", "run"]) == 1
     assert [float(row["best"]) > 0 for row in csv_rows(toy / "run/scores.csv")] == [True, True]
     assert record(toy / "run")["stopped"] == "finished"
 

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ipgo_engine.errors import InputError
 from ipgo_engine.formats.files import write_whole
 from ipgo_engine.formats.noise import read_noise, write_noise
+from ipgo_engine.formats.state import FORMAT, read_state, write_state
 
 
 def test_an_interrupted_write_leaves_nothing_behind(tmp_path):
@@ -28,3 +30,18 @@ def test_labels_that_are_no_plain_data_are_refused(tmp_path):
     with pytest.raises(InputError, match="label of the noise file"):
         write_noise(tmp_path / "noise.safetensors", torch.zeros(1, 1, 4, 2, 2), seeds=np.arange(2))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_comes_back_as_it_was(tmp_path):
+    state = {"update": 3, "best": {"images": torch.rand(1, 3, 2, 2)}, "history": [{"reward": None}, torch.ones(2)]}
+    found = read_state(write_state(tmp_path / "state", state))
+    assert (found["update"], found["history"][0]) == (3, {"reward": None})
+    assert torch.equal(found["best"]["images"], state["best"]["images"])
+    assert torch.equal(found["history"][1], torch.ones(2))
+
+
+@pytest.mark.parametrize("text", ['{"best": {"__tensor__": "7"}}', '{"best": {"__tensor__": ["0"]}}', "{"])
+def test_a_state_that_names_what_it_does_not_hold_is_damaged(tmp_path, text):
+    save_file({"0": torch.ones(1)}, tmp_path / "state", metadata={"format": FORMAT, "state": text})
+    with pytest.raises(InputError, match="damaged"):
+        read_state(tmp_path / "state")

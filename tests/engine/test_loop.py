@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -211,6 +212,17 @@ class Moody(ToyReward):
     def score(self, images, prompts):
         self.calls += 1
         return super().score(images, prompts) * (float("nan") if self.calls in self.bad else 1.0)
+
+
+def test_one_picture_without_a_score_is_enough_for_a_step_to_count_as_broken():
+    class MoodyAboutOne(Moody):
+        def score(self, images, prompts):
+            return torch.cat([ToyReward.score(self, images[:1], prompts[:1]), super().score(images[1:], prompts[1:])])
+
+    watcher = Watcher()
+    result = run("noise", watcher, reward=MoodyAboutOne({NOISE.iterations + 1}))
+    assert "reward 'toy' is not finite" in watcher.messages[-1]
+    assert all(math.isfinite(event.reward) for event in result.history)
 
 
 def test_a_reward_that_is_nan_once_is_reported_and_survived():
