@@ -91,7 +91,8 @@ def taped_sampler(sampler: Any, tape: Tape, stock: dict[str, Any] | None = None)
         if random_inpaint and kwargs["extra_args"].get("denoise_mask") is not None:
             kept = model.noise  # drawn by KSAMPLER from seed + 1
             model.noise = tape.ask(Call(-1, False, float(sigmas[0]), float(sigmas[0])), kept, lambda: kept)
-        return inner(model, noise, sigmas, **kwargs)
+        # uni_pc writes into its sigmas, which autograd may have kept: `.data` is the same memory, counted apart.
+        return inner(model, noise, sigmas.data, **kwargs)
 
     return comfy.samplers.KSAMPLER(sample, sampler.extra_options, sampler.inpaint_options)
 

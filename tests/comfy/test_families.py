@@ -23,7 +23,7 @@ FAMILIES = {
     "sd3": (tiny.sd3, tiny.vae16, 16, 4.0, {}),
     "flux": (tiny.flux, tiny.vae16, 16, 1.0, {"guidance": 3.5}),
 }
-SAMPLERS = ("euler", "euler_ancestral", "dpmpp_2m", "dpmpp_sde", "dpmpp_2m_sde", "res_multistep", "lcm")
+SAMPLERS = ("euler", "euler_ancestral", "dpmpp_2m", "dpmpp_sde", "dpmpp_2m_sde", "res_multistep", "lcm", "uni_pc")
 
 
 def build(name):

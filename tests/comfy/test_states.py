@@ -217,7 +217,7 @@ def test_guidance_scale(world, cfg):
     assert torch.equal(ours(generator), expected)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "ddim", "euler_ancestral", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("sampler", ["euler", "ddim", "euler_ancestral", "dpmpp_2m_sde", "uni_pc"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_image_to_image_and_masks(world, sampler, masked):
     latent = {"samples": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(8))}
@@ -226,7 +226,7 @@ def test_image_to_image_and_masks(world, sampler, masked):
     expected = stock(world, sampler, latent=latent, denoise=0.6)
     generator = make(world, sampler, latent=latent, denoise=0.6)
     assert torch.equal(ours(generator), expected)
-    assert generator.noise_shape[0] > 1 or sampler in ("euler", "ddim")
+    assert generator.noise_shape[0] > 1 or sampler in ("euler", "ddim", "uni_pc")
     if masked and sampler == "ddim":
         assert generator.noise_shape[0] == 2  # the kept region has a noise of its own
     assert directional_error(generator, directions=1) < 3e-2
