@@ -25,7 +25,7 @@ from ...ipgo_engine.generators.gradflow import GradientScale
 from . import compat, decode, wrappers
 from .conditioning import ComfyConditioning, from_engine, to_engine
 from .dryrun import draw_noise, plan_noise, taped_sampler
-from .inputs import controls_of, encoder_name, networks_of_patches, one_latent, owned, place_in_batch
+from .inputs import controls_of, encoder_name, networks_beside, one_latent, owned, place_in_batch
 from .interrupt import comfy_interrupt_as_cancelled, poll_interrupt
 from .noise import NoisePlan, replay
 from .recomputed import RecomputedModules
@@ -277,8 +277,7 @@ class ComfyGenerator:
         self._run.stock_mode = torch.inference_mode if is_quantized(real_model) else torch.no_grad
         controls = list(controls_of(conds))
         self._networks = [real_model, *(model.model for model in models)]
-        self._networks += [c.vae.first_stage_model for c in controls if getattr(c, "vae", None) is not None]
-        self._networks += networks_of_patches(self._patcher)
+        self._networks += networks_beside(self._patcher, controls)
         for network in self._networks:
             self._aliases.apply(network)
         for control in controls:

@@ -82,6 +82,13 @@ def controls_of(conds: dict[str, list[dict[str, Any]]]) -> Iterator[Any]:
                 control = control.previous_controlnet
 
 
+def networks_beside(patcher: Any, controls: list[Any]) -> list[torch.nn.Module]:
+    """The networks of ControlNets, that of a T2I-Adapter too, which no patcher loads; of their VAEs; of patches."""
+    own = [part for control in controls for part in vars(control).values() if isinstance(part, torch.nn.Module)]
+    vaes = [control.vae for control in controls if getattr(control, "vae", None) is not None]
+    return [*own, *(vae.first_stage_model for vae in vaes), *networks_of_patches(patcher)]
+
+
 def networks_of_patches(patcher: Any) -> list[torch.nn.Module]:
     """The networks that patches of other packs bring along: in objects, what functions enclose, lists and dicts."""
     options = patcher.model_options.get("transformer_options", {})

@@ -429,6 +429,34 @@ def test_control_net(world):
     assert torch.equal(stock(own, "euler"), expected)
 
 
+def test_a_t2i_adapter(world):
+    """A ControlNet whose network no patcher loads, and whose weights still ask for a gradient."""
+    import comfy.controlnet
+    from comfy.t2i_adapter.adapter import Adapter_light
+
+    class Adapter(Adapter_light):
+        def forward(self, x):
+            return {"input": super().forward(x)["input"][:-1]}  # a level of the tiny UNet is one block shorter
+
+    model, vae, positive, negative = world
+    with host.node():
+        network = tiny.initialise(Adapter(channels=[32, 64, 64, 64], nums_rb=1, cin=192), 5).eval()
+        hint = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(1))
+        applied = comfy_nodes.ControlNetApplyAdvanced().apply_controlnet(
+            positive, negative, comfy.controlnet.T2IAdapter(network, 3, 8, "nearest-exact"), hint, 0.8, 0.0, 0.9
+        )
+    own = (model, vae, *applied)
+    before = dict(network.named_parameters())
+    expected = stock(own, "euler")
+    assert not torch.equal(expected, stock(world, "euler"))
+    generator = make(own, "euler")
+    assert torch.equal(ours(generator), expected)
+    assert directional_error(generator, directions=1) < 3e-2
+    assert torch.equal(stock(own, "euler"), expected)
+    if comfy.model_management.get_torch_device().type == "cpu":
+        assert all(before[name] is weight for name, weight in network.named_parameters())
+
+
 class Network:
     """As packs patch attention: an object with a network made while a node ran, in inference mode."""
 
