@@ -280,6 +280,7 @@ class ComfyGenerator:
         self._networks += networks_beside(self._patcher, controls)
         for network in self._networks:
             self._aliases.apply(network)
+        self._aliases.apply_to_attributes(real_model.latent_format)  # Playground's and Wan's have a mean and a spread
         for control in controls:
             if isinstance(getattr(control, "control_model", None), torch.nn.Module):
                 self._modules.apply(control.control_model)

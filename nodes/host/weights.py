@@ -81,16 +81,23 @@ class Aliases:
     def apply(self, module: nn.Module) -> int:
         """Alias every parameter and buffer that needs it; returns how many did. May be called again after a reload."""
         seen: dict[int, Tensor] = {}
+        return sum(
+            self._apply_to(child._parameters, True, seen) + self._apply_to(child._buffers, False, seen)
+            for child in module.modules()
+        )
+
+    def apply_to_attributes(self, value: Any) -> int:
+        """Likewise every tensor that an object which is no module keeps in an attribute."""
+        return self._apply_to(vars(value), False, {})
+
+    def _apply_to(self, table: dict[str, Any], parameters: bool, seen: dict[int, Tensor]) -> int:
         count = 0
-        for child in module.modules():
-            tables: Any = ((child._parameters, True), (child._buffers, False))
-            for table, parameters in tables:
-                for name, tensor in list(table.items()):
-                    if tensor is None or (is_usable(tensor) and not tensor.requires_grad):
-                        continue
-                    table[name] = self._replacement(tensor, parameters, seen)
-                    self._replaced.append((table, name, tensor, table[name]))
-                    count += 1
+        for name, tensor in list(table.items()):
+            if not isinstance(tensor, Tensor) or (is_usable(tensor) and not tensor.requires_grad):
+                continue
+            table[name] = self._replacement(tensor, parameters, seen)
+            self._replaced.append((table, name, tensor, table[name]))
+            count += 1
         return count
 
     @staticmethod

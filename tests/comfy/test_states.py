@@ -429,6 +429,22 @@ def test_control_net(world):
     assert torch.equal(stock(own, "euler"), expected)
 
 
+def test_a_latent_format_with_tensors(world):
+    """As those of Playground, Wan and Qwen: made by a loader node, in inference mode."""
+    import comfy.latent_formats
+
+    model = world[0].clone()
+    with host.node():
+        made = comfy.latent_formats.SDXL_Playground_2_5()
+    model.add_object_patch("latent_format", made)
+    mean = made.latents_mean
+    expected = stock(world, "euler", model=model)
+    generator = make(world, "euler", model=model)
+    assert torch.equal(ours(generator), expected)
+    assert directional_error(generator, directions=1) < 3e-2
+    assert made.latents_mean is mean
+
+
 def test_a_t2i_adapter(world):
     """A ControlNet whose network no patcher loads, and whose weights still ask for a gradient."""
     import comfy.controlnet
