@@ -55,7 +55,7 @@ def prompt_generator(model: Any, clip: Any, vae: Any, settings: dict[str, Any]) 
     )
     latent = empty_latent(settings["width"], settings["height"])
     generator = ComfyGenerator(model, vae, sampling, settings["negative"], latent, clip=clip, seed=settings["seed"])
-    pin(generator, settings)
+    pin(generator, settings, clip=generator.negative)  # any text shows the encoder's LoRA and its last layer
     return generator
 
 

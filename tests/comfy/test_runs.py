@@ -82,6 +82,14 @@ class World:
         }  # fmt: skip
         return self.call("IPGOTrainTokens", save_as=save_as, reward=reward or Brightness(), **settings | inputs)
 
+    def joint(self, save_as, reward=None, **inputs):
+        """Tokens and noise with a small budget."""
+        settings = {
+            "model": self.model, "clip": self.clip, "vae": self.vae, "prompt": "red heart", "width": 128,
+            "height": 128, "steps": 2, "cfg": 2.0, "sampler_name": "euler", "iterations": 1, "permutations": 5,
+        }  # fmt: skip
+        return self.call("IPGOJointOptimize", save_as=save_as, reward=reward or Brightness(), **settings | inputs)
+
 
 @pytest.fixture(scope="module")
 def world(ours):
@@ -249,6 +257,19 @@ def test_another_model_or_vae_is_not_resumed(world):
     assert "the best so far" in world.noise("weights", resume=TAKE)[-1]
 
 
+@pytest.mark.parametrize("run", ["tokens", "joint"])
+def test_another_text_encoder_is_not_resumed(world, monkeypatch, run):
+    """Clip skip and a LoRA of the text encoder change every prompt, though its own weights stay."""
+    name = f"encoder_{run}"
+    getattr(world, run)(name)
+    with monkeypatch.context() as patch, host.node():
+        patch.setattr(world, "clip", comfy_nodes.CLIPSetLastLayer().set_last_layer(world.clip, -2)[0])
+        for resume in (CONTINUE, TAKE):
+            with pytest.raises(errors.InputError, match=r"different: clip\)"):
+                getattr(world, run)(name, resume=resume)
+    assert "the best so far" in getattr(world, run)(name, resume=TAKE)[-1]
+
+
 def lora(model, strength=1.0, seed=1):
     """MODEL with a LoRA on one attention projection."""
     key = next(key for key in model.model.state_dict() if key.endswith("attn2.to_k.weight"))
@@ -314,11 +335,7 @@ def test_every_noise_is_kept_in_a_file_of_its_own(world):
 
 
 def test_tokens_and_noise_of_a_joint_run_name_each_other(world):
-    settings = {"width": 128, "height": 128, "steps": 2, "cfg": 2.0, "sampler_name": "euler", "permutations": 5}
-    world.call(
-        "IPGOJointOptimize", model=world.model, clip=world.clip, vae=world.vae, reward=Brightness(), iterations=1,
-        save_as="both", **settings,
-    )  # fmt: skip
+    world.joint("both")
     _, labels = noise_format.read_noise(
         Path(folder_paths.get_output_directory()) / "ipgo" / "both_00001.noise.safetensors"
     )
