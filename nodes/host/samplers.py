@@ -105,4 +105,6 @@ def sigmas_by_name(patcher: Any, sampler: str, scheduler: str, steps: int, denoi
         denoise=denoise,
         model_options=patcher.model_options,
     )
+    if not bool(stock.sigmas.isfinite().all()):
+        raise InputError(f"scheduler is '{scheduler}', which has no noise levels for {steps} step(s): use more steps.")
     return stock.sigmas.detach().clone()

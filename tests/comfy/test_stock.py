@@ -100,6 +100,14 @@ def test_every_scheduler_equals_stock(world, scheduler):
     assert torch.equal(ours(make(world, "dpmpp_2m_sde", scheduler)), expected)
 
 
+def test_a_scheduler_without_noise_levels_is_named(world, monkeypatch):
+    """Stock's kl_optimal gives not a number for one step, and a black picture."""
+    monkeypatch.setitem(globals(), "STEPS", 1)
+    for sampler in ("euler", "dpmpp_3m_sde"):
+        with pytest.raises(errors.InputError, match="'kl_optimal', which has no noise levels for 1 step"):
+            make(world, sampler, "kl_optimal")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", [s for s in all_samplers() if s not in NAMED])
 def test_every_sampler_equals_stock_or_is_refused(world, sampler):
