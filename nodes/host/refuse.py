@@ -37,6 +37,10 @@ def refuse_unsupported(patcher: Any) -> None:
             "model already carries optimized noise, which would replace the noise of this run: connect the MODEL from "
             "before the IPGO node that gave it out."
         )
+    if "bypass_lora" in patcher.injections:
+        raise InputError(
+            "model carries a LoRA in bypass mode, whose weights lie where no gradient passes: use Load LoRA instead."
+        )
     makers = set(_patch_makers(patcher))
     for name, what in RANDOM_PATCHES.items():
         if name in makers:

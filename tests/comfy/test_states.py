@@ -29,7 +29,7 @@ def world():
         return tiny.sd15(), tiny.vae(), tiny.conditioning(1), tiny.conditioning(2)
 
 
-def lora_for(model, strength=1.0):
+def lora_for(model, strength=1.0, load=comfy.sd.load_lora_for_models):
     """MODEL with a LoRA on one attention projection."""
     key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
     weight = model.model.state_dict()[key]
@@ -41,7 +41,7 @@ def lora_for(model, strength=1.0):
         f"{name}.alpha": torch.tensor(4.0),
     }
     with host.node():
-        return comfy.sd.load_lora_for_models(model, None, lora, strength, 0)[0]
+        return load(model, None, lora, strength, 0)[0]
 
 
 def test_lora_is_respected_and_taken_off_again(world):
@@ -55,6 +55,14 @@ def test_lora_is_respected_and_taken_off_again(world):
     assert torch.equal(stock(world, "euler"), base)
     _, again = our_gradients(make(world, "euler"))
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_a_lora_in_bypass_mode_is_refused(world):
+    load = getattr(comfy.sd, "load_bypass_lora_for_models", None)
+    if load is None:
+        pytest.skip("this ComfyUI has no bypass mode")
+    with pytest.raises(errors.InputError, match=r"bypass mode.*use Load LoRA"):
+        make(world, "euler", model=lora_for(world[0], load=load))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +193,7 @@ def test_a_model_whose_gradient_would_be_lost_is_refused_by_name():
     kind = getattr(comfy.model_base, "CosmosPredict2", None)
     if kind is None:
         pytest.skip("this ComfyUI has no Cosmos Predict2")
-    model = types.SimpleNamespace(wrappers={}, model_options={}, model=object.__new__(kind))
+    model = types.SimpleNamespace(wrappers={}, injections={}, model_options={}, model=object.__new__(kind))
     with pytest.raises(errors.InputError, match=r"CosmosPredict2.*no backward"):
         host.pack("nodes.host.refuse").refuse_unsupported(model)
 
