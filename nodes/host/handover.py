@@ -87,14 +87,21 @@ def _name(sampler: Any) -> str:
 
 @dataclass(frozen=True)
 class Baked:
-    """OUTER_SAMPLE of a MODEL: other noise, and a sampler that replays. Holds no model: the output outlives the run."""
+    """OUTER_SAMPLE of a MODEL: other noise, and a sampler that replays. Holds no model: the output outlives the run.
+
+    The seed is that of the run, too: models draw from it what is not the sampler's (unCLIP).
+    """
 
     initial: Tensor
+    seed: int
     injections: list[Tensor | None]
     calls: tuple[Call, ...]
     sampler: str
 
-    def __call__(self, executor: Any, noise: Tensor, latent: Tensor, sampler: Any, *args: Any, **kwargs: Any) -> Any:
+    def __call__(
+        self, executor: Any, noise: Tensor, latent: Tensor, sampler: Any, sigmas: Tensor, mask: Any, callback: Any,
+        disable_pbar: bool, seed: Any, *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         """What the sampler that is wrapped gives for the optimized noise."""
         check_shape(self.initial, latent)
         if any(v is not None for v in self.injections) and self.sampler != _name(sampler):
@@ -103,7 +110,8 @@ class Baked:
                 "set the same sampler, scheduler, steps and denoise as in the optimization."
             )
         replaying = replaying_sampler(sampler, self.calls, self.injections)
-        return executor(self.initial.to(noise), latent, replaying, *args, **kwargs)
+        noise = self.initial.to(noise)
+        return executor(noise, latent, replaying, sigmas, mask, callback, disable_pbar, self.seed, *args, **kwargs)
 
 
 class Handover:
@@ -134,7 +142,7 @@ class Handover:
         """MODEL that puts the optimized noise into a plain KSampler, whatever its seed."""
         clone = self._generator.model.clone()
         name = _name(self._generator.sampling.sampler)
-        baked = Baked(self._initial, self._injections, self._calls, name)
+        baked = Baked(self._initial, self._generator.seed, self._injections, self._calls, name)
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, baked)
         return clone
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import types
 import weakref
 
 import comfy.model_management
@@ -12,7 +13,7 @@ import nodes as comfy_nodes
 import pytest
 import tiny
 import torch
-from test_stock import CFG, NAMED, STEPS, all_samplers, make
+from test_stock import CFG, NAMED, STEPS, all_samplers, generator_module, make
 
 handover_module = host.pack("nodes.host.handover")
 errors = host.pack("ipgo_engine.errors")
@@ -159,6 +160,28 @@ def test_a_masked_batch_is_handed_over_whole(world, custom_sampler, sampler):
         alone = handover_module.Handover(generator, noise[:1])
         assert torch.equal(through_custom(world, custom_sampler, alone, single), first)
     assert float((image[0] - first[0]).abs().max()) < 1e-5
+
+
+def revision(seed):
+    """CONDITIONING with a picture as the prompt, whose embedding is noised from the seed of the sampling."""
+    random = torch.Generator().manual_seed(seed)
+    picture = types.SimpleNamespace(image_embeds=torch.randn(1, 1280, generator=random))
+    unclip = [{"clip_vision_output": picture, "strength": 1.0, "noise_augmentation": 0.5}]
+    return tiny.conditioning(seed, width=tiny.WIDTH, unclip_conditioning=unclip)
+
+
+def test_the_seed_of_the_ksampler_does_not_matter(custom_sampler):
+    """Noise that the model itself draws from the seed (unCLIP) is part of the picture."""
+    with host.node():
+        own = tiny.sdxl(pooled=1280), tiny.vae(), revision(1), revision(2)
+        sampling = generator_module.Sampling.by_name(own[0], "euler", "normal", STEPS, CFG)
+        generator = generator_module.ComfyGenerator(*own[:2], sampling, own[3], tiny.latent(), positive=own[2], seed=7)
+        noise = changed(generator)
+        with generator:
+            image = generator.generate(generator.encode(["a"]), noise).detach().cpu()
+        handed = handover_module.Handover(generator, noise)
+        assert torch.equal(through_custom(own, custom_sampler, handed, tiny.latent()), image)
+        assert torch.equal(through_ksampler(own, handed, "euler", tiny.latent()), image)
 
 
 def test_what_is_handed_over_holds_no_vae_and_no_prompt():

@@ -82,9 +82,9 @@ class TinySDXL(comfy.supported_models.SDXL):
     unet_extra_config = {"num_heads": 4, "num_head_channels": -1}  # noqa: RUF012
 
 
-def sdxl(seed: int = 0):
+def sdxl(seed: int = 0, pooled: int = WIDTH):
     """MODEL like SDXL: sizes and pooled text enter beside the prompt."""
-    config = TinySDXL({**UNET, "num_classes": "sequential", "adm_in_channels": WIDTH + 6 * 256})
+    config = TinySDXL({**UNET, "num_classes": "sequential", "adm_in_channels": pooled + 6 * 256})
     config.set_inference_dtype(torch.float32, None)
     model = comfy.model_base.SDXL(config, device=torch.device("cpu"))
     initialise(model.diffusion_model, seed)
