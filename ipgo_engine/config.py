@@ -18,13 +18,29 @@ def _require(condition: bool, name: str, value: Any, rule: str) -> None:
         raise InputError(f"{name} is {value!r}: {rule}.")
 
 
-def whole_number(name: str, value: Any) -> int:
+def whole_number(name: str, value: Any, least: int = 0, most: int | None = None) -> int:
     """The value as Python's own integer: those of numpy and torch count, but go into no JSON."""
+    rule = f"use a whole number of {least} or more" if most is None else f"use a whole number from {least} to {most}"
     try:
-        _require(not isinstance(value, bool), name, value, "use a whole number")
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError as error:
-        raise InputError(f"{name} is {value!r}: use a whole number.") from error
+        raise InputError(f"{name} is {value!r}: {rule}.") from error
+    fits = least <= number and (most is None or number <= most)
+    _require(fits and not isinstance(value, bool), name, value, rule)
+    return number
+
+
+def seed_number(name: str, value: Any) -> int:
+    """A seed that torch takes, from 0 to 2^64 - 1, as Python's own integer."""
+    return whole_number(name, value, 0, 2**64 - 1)
+
+
+def _whole_numbers(config: Any, least: int, *names: str, or_none: bool = False) -> None:
+    """Make these settings Python's own integers."""
+    for name in names:
+        value = getattr(config, name)
+        if not (or_none and value is None):
+            object.__setattr__(config, name, whole_number(name, value, least))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,14 +64,11 @@ class TokenConfig:
     clamp_in_forward: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("prefix_length", "suffix_length", "basis_size"):
-            _require(isinstance(getattr(self, name), int), name, getattr(self, name), "use a whole number")
-        for name in ("prefix_length", "suffix_length"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "a number of tokens cannot be negative")
+        _whole_numbers(self, 0, "prefix_length", "suffix_length")
+        _whole_numbers(self, 1, "basis_size")
         total = self.prefix_length + self.suffix_length
         _require(total > 0, "prefix_length + suffix_length", total, "at least one token must be learned")
-        _require(self.basis_size > 0, "basis_size", self.basis_size, "the basis needs at least one vector")
-        bound_ok = self.value_bound is None or self.value_bound > 0
+        bound_ok = self.value_bound is None or 0 < self.value_bound < math.inf
         _require(bound_ok, "value_bound", self.value_bound, "use a positive number, or None for no bound")
         _require(math.isfinite(self.scale) and self.scale != 0, "scale", self.scale, "use a finite number other than 0")
 
@@ -91,19 +104,17 @@ class LoopConfig:
     seed: int = 0  # of everything random in the method itself (never of the picture)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "seed", whole_number("seed", self.seed))
+        object.__setattr__(self, "seed", seed_number("seed", self.seed))
         lr_ok = math.isfinite(self.learning_rate) and self.learning_rate > 0
         _require(lr_ok, "learning_rate", self.learning_rate, "use a positive number")
         _require(0 < self.decay <= 1, "decay", self.decay, "use a number above 0 and at most 1")
         _require(self.decay_by in ("epoch", "update"), "decay_by", self.decay_by, "use 'epoch' or 'update'")
         _require(self.clip_norm >= 0, "clip_norm", self.clip_norm, "use 0 (no clipping) or more")
-        for name in ("decay_every", "perturbations", "monitor_every", "preview_every"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "use 1 or more")
-        for name in ("backprop_steps", "micro_batch", "patience"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "use 1 or more, or None")
+        _whole_numbers(self, 1, "decay_every", "perturbations", "monitor_every", "preview_every")
+        _whole_numbers(self, 1, "backprop_steps", "micro_batch", "patience", or_none=True)
         _require(self.gradient in GRADIENTS, "gradient", self.gradient, f"use one of {', '.join(GRADIENTS)}")
-        _require(self.perturbation_scale > 0, "perturbation_scale", self.perturbation_scale, "use a positive number")
+        scale_ok = 0 < self.perturbation_scale < math.inf
+        _require(scale_ok, "perturbation_scale", self.perturbation_scale, "use a positive number")
 
     def learning_rate_factor(self, updates: int, updates_per_epoch: int = 1) -> float:
         """What the learning rate is multiplied by after so many updates."""
@@ -128,14 +139,13 @@ class OptimizeConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.epochs >= 1, "epochs", self.epochs, "use 1 or more")
-        _require(self.conformity >= 0, "conformity", self.conformity, "use 0 or more")
+        _whole_numbers(self, 1, "epochs")
+        _whole_numbers(self, 1, "batch_size", or_none=True)
+        _require(0 <= self.conformity < math.inf, "conformity", self.conformity, "use 0 or more")
         norms = ("l2-squared", "l1-mean")
         _require(self.conformity_norm in norms, "conformity_norm", self.conformity_norm, f"use one of {norms}")
-        object.__setattr__(self, "seeds", tuple(whole_number("seeds", seed) for seed in self.seeds))
+        object.__setattr__(self, "seeds", tuple(seed_number("seeds", seed) for seed in self.seeds))
         _require(len(self.seeds) > 0, "seeds", self.seeds, "give at least one seed")
-        batch_ok = self.batch_size is None or self.batch_size >= 1
-        _require(batch_ok, "batch_size", self.batch_size, "use 1 or more, or None for all prompts at once")
 
     @classmethod
     def preset(cls, name: str, *, batch: bool = False, **changes: Any) -> OptimizeConfig:
@@ -166,12 +176,10 @@ class NoiseConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(self.iterations >= 1, "iterations", self.iterations, "use 1 or more")
-        _require(self.regularization >= 0, "regularization", self.regularization, "use 0 or more")
+        _whole_numbers(self, 1, "iterations", "permutations")
+        _whole_numbers(self, 1, "block_size", or_none=True)
+        _require(0 <= self.regularization < math.inf, "regularization", self.regularization, "use 0 or more")
         _require(self.which in ("initial", "all"), "which", self.which, "use 'initial' or 'all'")
-        _require(self.permutations >= 1, "permutations", self.permutations, "use 1 or more")
-        block_ok = self.block_size is None or self.block_size >= 1
-        _require(block_ok, "block_size", self.block_size, "use 1 or more, or None")
         limit = self.min_probability
         _require(limit is None or 0 < limit <= 1, "min_probability", limit, "use a probability above 0, or None")
 

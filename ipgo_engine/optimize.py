@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from .config import JointConfig, LoopConfig, NoiseConfig, OptimizeConfig, whole_number
+from .config import JointConfig, LoopConfig, NoiseConfig, OptimizeConfig, seed_number
 from .errors import IPGOError
 from .events import Observer, Silent, StepEvent
 from .generators.base import Generator
@@ -195,7 +195,7 @@ def optimize_noise(
     takes: all noises, optimized or not. Everything else is as in `train_tokens`.
     """
     config = config or NoiseConfig()
-    seeds = [whole_number("seeds", seed) for seed in (range(len(prompts)) if seeds is None else seeds)]
+    seeds = [seed_number("seeds", seed) for seed in (range(len(prompts)) if seeds is None else seeds)]
     options = RunOptions(observer=observer, monitors=monitors, state_file=state_file, save_every=save_every)
     with torch.inference_mode(False), torch.enable_grad():
         problem = NoiseProblem(generator, prompts, seeds, config)
@@ -223,7 +223,7 @@ def optimize_jointly(
     and their learning rate. Everything else is as in `optimize_noise`.
     """
     config = config or JointConfig()
-    seeds = [whole_number("seeds", seed) for seed in (range(len(prompts)) if seeds is None else seeds)]
+    seeds = [seed_number("seeds", seed) for seed in (range(len(prompts)) if seeds is None else seeds)]
     options = RunOptions(observer=observer, monitors=monitors, state_file=state_file, save_every=save_every)
     with torch.inference_mode(False), torch.enable_grad():
         problem = JointProblem(generator, prompts, seeds, config)

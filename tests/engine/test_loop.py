@@ -442,6 +442,14 @@ def test_seeds_of_numpy_are_seeds(method, tmp_path):
         optimize_noise(ToyGenerator(), ToyReward(), ["a"], NOISE, seeds=[0.5])
 
 
+def test_whole_numbers_of_numpy_are_settings():
+    import numpy as np
+
+    config = OptimizeConfig(epochs=np.int64(3), seed=np.uint64(2**64 - 1), tokens=TokenConfig(basis_size=np.int32(4)))
+    assert [type(n) for n in (config.epochs, config.seed, config.tokens.basis_size)] == [int] * 3
+    assert config.seed == 2**64 - 1
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_callers_random_numbers_and_modes_are_untouched(method):
     torch.manual_seed(5)
@@ -552,6 +560,16 @@ def test_the_regularizer_keeps_the_noise_probable():
         (lambda: train_tokens(ToyGenerator(), ToyReward(), ["a"]), "basis_size gives 30"),
         (lambda: NoiseConfig(iterations=0), "iterations is 0"),
         (lambda: NoiseConfig(learning_rate=float("nan")), "learning_rate is nan"),
+        (lambda: NoiseConfig(block_size=1.5), "block_size is 1.5: use a whole number of 1 or more"),
+        (lambda: NoiseConfig(regularization=math.inf), "regularization is inf"),
+        (lambda: NoiseConfig(perturbation_scale=math.inf), "perturbation_scale is inf"),
+        (lambda: NoiseConfig(seed=2**64), "seed is 18446744073709551616"),
+        (lambda: NoiseConfig(monitor_every=True), "monitor_every is True"),
+        (lambda: OptimizeConfig(epochs=2.5), "epochs is 2.5"),
+        (lambda: OptimizeConfig(epochs=None), "epochs is None"),
+        (lambda: OptimizeConfig(batch_size=0), "batch_size is 0"),
+        (lambda: OptimizeConfig(seeds=(0, -1)), "seeds is -1: use a whole number from 0 to"),
+        (lambda: OptimizeConfig(conformity=math.inf), "conformity is inf"),
         (lambda: OptimizeConfig(seeds=()), "seeds is"),
         (lambda: OptimizeConfig.preset("best"), "preset is 'best'"),
         (lambda: TokenConfig(prefix_length=0, suffix_length=0), "at least one token"),

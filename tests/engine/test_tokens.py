@@ -372,6 +372,8 @@ def test_constraints_hold_all_along_training():
         {"value_bound": 0.0},
         {"value_bound": -1.0},
         {"value_bound": math.nan},
+        {"value_bound": math.inf},
+        {"prefix_length": 2.0},
         {"scale": 0.0},
         {"scale": math.inf},
     ],
