@@ -153,9 +153,9 @@ class IPGOJudgeReward(io.ComfyNode):
         return io.NodeOutput(engine.Judge(config))
 
     @classmethod
-    def validate_inputs(cls, url: str | None) -> bool | str:
+    def validate_inputs(cls, url: str | None = None) -> bool | str:
         """An address must have been typed, or linked (None here)."""
-        if url is None or url.strip():
+        if url is None or str(url).strip():
             return True
         return "url is empty: type the judge's address, such as http://127.0.0.1:8080/v1."
 

@@ -108,7 +108,7 @@ class IPGOClipReward(io.ComfyNode):
         return load_from_folder("clip", weights, precision)
 
     @classmethod
-    def validate_inputs(cls, weights: str | None) -> bool | str:
+    def validate_inputs(cls, weights: str | None = None) -> bool | str:
         """Say what is missing before anything runs."""
         return check_weights(weights)
 
@@ -136,7 +136,7 @@ class IPGOAestheticReward(io.ComfyNode):
         return load_from_folder("aesthetic", weights, precision)
 
     @classmethod
-    def validate_inputs(cls, weights: str | None) -> bool | str:
+    def validate_inputs(cls, weights: str | None = None) -> bool | str:
         """Say what is missing before anything runs."""
         return check_weights(weights)
 
@@ -170,7 +170,7 @@ class IPGOHPSReward(io.ComfyNode):
         return load_from_folder({"v2.0": "hpsv2", "v2.1": "hpsv2.1"}[version], weights, precision)
 
     @classmethod
-    def validate_inputs(cls, weights: str | None) -> bool | str:
+    def validate_inputs(cls, weights: str | None = None) -> bool | str:
         """Say what is missing before anything runs."""
         return check_weights(weights)
 
@@ -197,7 +197,7 @@ class IPGOPickScoreReward(io.ComfyNode):
         return load_from_folder("pickscore", weights, precision)
 
     @classmethod
-    def validate_inputs(cls, weights: str | None) -> bool | str:
+    def validate_inputs(cls, weights: str | None = None) -> bool | str:
         """Say what is missing before anything runs."""
         return check_weights(weights)
 
@@ -224,7 +224,7 @@ class IPGOImageReward(io.ComfyNode):
         return load_from_folder("imagereward", weights, precision)
 
     @classmethod
-    def validate_inputs(cls, weights: str | None) -> bool | str:
+    def validate_inputs(cls, weights: str | None = None) -> bool | str:
         """Say what is missing before anything runs."""
         return check_weights(weights)
 

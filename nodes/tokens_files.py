@@ -93,8 +93,8 @@ class IPGOLoadTokens(io.ComfyNode):
         return f"{path}:{path.stat().st_mtime_ns}"
 
     @classmethod
-    def validate_inputs(cls, file: str | None) -> bool | str:
-        """Files written since the page was loaded are fine too; so is a link (None here)."""
+    def validate_inputs(cls, file: str | None = None) -> bool | str:
+        """Files written since the page was loaded are fine too; so is a link (None here). Core says what is missing."""
         try:
             if file is not None:
                 paths.token_file(file)

@@ -31,7 +31,7 @@ def token_files() -> list[str]:
 
 def token_file(name: str) -> Path:
     """The file of that name in any of the places."""
-    found = folder_paths.get_full_path(TOKENS, name)
+    found = folder_paths.get_full_path(TOKENS, str(name))  # a prompt of somebody's script may hold a number
     if found is None:
         raise InputError(f"tokens file {name!r} is not in {', '.join(_places())}.")
     return Path(found)

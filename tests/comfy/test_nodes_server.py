@@ -370,6 +370,21 @@ def test_a_missing_file_is_refused_before_anything_runs(server):
     assert "nothing.safetensors" in refused
 
 
+@pytest.mark.parametrize(
+    ("node", "name"), [("IPGOLoadTokens", "file"), ("IPGOClipReward", "weights"), ("IPGOJudgeReward", "url")]
+)
+def test_a_missing_or_wrong_input_is_named(server, node, name):
+    """Core runs our own check of an input even where the prompt lacks it or holds another type."""
+    graph = Demo(server.info)
+    number = graph.add(node)
+    graph.show((number, 0))
+    for inputs in ({}, {name: [1, 2, 3]}):
+        graph.nodes[number]["inputs"] = inputs
+        refused = str(server.post("/prompt", {"prompt": graph.nodes}))
+        assert "exception_during" not in refused
+        assert ("required_input_missing" if not inputs else "bad_linked_input") in refused
+
+
 def test_download_shows_size_and_licence_and_fetches_nothing(server):
     graph = Demo(server.info)
     graph.show((graph.add("IPGODownloadWeights", reward_name="pickscore"), 0))
