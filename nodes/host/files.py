@@ -77,8 +77,9 @@ def next_noise_file(name: str) -> Path:
 
 
 def checked(name: str) -> str:
-    """The name, if there is one and file systems can store it with a number and an ending."""
-    if not name.strip():
+    """The name without blanks around it, if there is one and file systems can store it with a number and an ending."""
+    name = name.strip()
+    if not name:
         raise InputError("the file name (save_as or filename_prefix) is empty: write one.")
     longest = max(len(part.encode()) for part in re.split(r"[\\/]", name))
     if longest > LONGEST_NAME:

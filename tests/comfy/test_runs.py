@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -371,3 +372,9 @@ def test_names_that_no_file_system_stores_are_refused(world):
     assert reward.calls == 0
     longest = "a" * files.LONGEST_NAME
     assert longest in world.call("IPGOSaveTokens", tokens=tokens, filename_prefix=longest, note="")[0]
+
+
+def test_blanks_around_a_name_do_not_count(world):
+    """A name that comes through a link may end in a line break: what was learned is kept all the same."""
+    report = world.tokens(" linked\n")[-1]
+    assert re.search(r"^Kept: .*\blinked_00001\.safetensors$", report, re.MULTILINE)
