@@ -13,6 +13,7 @@ from .best import Best
 from .events import StepEvent
 from .gradients import Evaluation
 from .problems import restore, snapshot
+from .rewards.base import settings_of
 
 if TYPE_CHECKING:
     from .loop import Loop
@@ -68,6 +69,7 @@ def _identity(loop: Loop) -> dict[str, Any]:
         "encoder": loop.task.generator.encoder,
         "noise_shape": list(loop.task.generator.noise_shape),
         "reward": loop.task.reward.name,
+        "reward_settings": comparable(settings_of(loop.task.reward)),
     }
 
 

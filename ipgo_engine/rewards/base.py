@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
+from ..generators.identity import describe_weights
 
 
 @runtime_checkable
@@ -50,6 +51,14 @@ def begin_run(*rewards: Reward) -> None:
     """Tell every reward that has a method `begin_run` that a run begins: one with a budget counts anew."""
     for reward in rewards:
         getattr(reward, "begin_run", _nothing)()
+
+
+def settings_of(reward: Reward) -> dict[str, Any]:
+    """What decides the scores besides the name, as JSON: its own `score_settings`, otherwise its weights."""
+    if (settings := getattr(reward, "score_settings", None)) is not None:
+        return settings
+    module = getattr(reward, "module", None)
+    return {"weights": describe_weights(module.named_parameters())} if isinstance(module, nn.Module) else {}
 
 
 def _nothing() -> None:

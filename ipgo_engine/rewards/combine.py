@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .base import Reward, begin_run, scores_of
+from .base import Reward, begin_run, scores_of, settings_of
 
 
 class Weighted:
@@ -44,6 +45,12 @@ class Weighted:
     def differentiable(self) -> bool:
         """True when every part is: a partial gradient would be a biased one."""
         return all(reward.differentiable for reward, _ in self.parts)
+
+    @property
+    def score_settings(self) -> dict[str, Any]:
+        """Those of every part, and its scale in three digits: measured anew on a GPU, the further ones may differ."""
+        scales = [[f"{number:.3g}" for number in scale] for scale in self.scales]
+        return {"parts": [settings_of(reward) for reward, _ in self.parts], "scales": scales}
 
     @property
     def module(self) -> nn.Module | None:

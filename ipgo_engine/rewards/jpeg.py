@@ -27,6 +27,7 @@ class JpegSize:
             raise InputError(f"quality is {quality!r}: use a JPEG quality from 1 to 95.")
         self.name = "jpeg" if compressible else "jpeg-incompressibility"
         self.quality = quality
+        self.score_settings = {"quality": quality}
         self._sign = -1.0 if compressible else 1.0
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -112,6 +112,8 @@ class Judge:
     def __init__(self, config: JudgeConfig) -> None:
         """Nothing is sent before the first `score`. Raises `InputError` when the key variable holds no key."""
         self.config = config
+        asked = ("model", "template", "low", "high", "longest_side", "extra")
+        self.score_settings = {name: getattr(config, name) for name in asked}  # not the address: a server may move
         self.calls = 0
         self._address = _address(config.url)
         self._key = _read_key(config.key_variable)

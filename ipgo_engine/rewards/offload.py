@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .base import Reward, begin_run, scores_of
+from .base import Reward, begin_run, scores_of, settings_of
 
 
 class Offloaded:
@@ -42,6 +42,11 @@ class Offloaded:
     def name(self) -> str:
         """That of the reward."""
         return self.reward.name
+
+    @property
+    def score_settings(self) -> dict[str, Any]:
+        """Those of the reward: where its weights rest changes no score."""
+        return settings_of(self.reward)
 
     @property
     def differentiable(self) -> bool:

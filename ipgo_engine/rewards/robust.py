@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .base import Reward, begin_run, scores_of
+from .base import Reward, begin_run, scores_of, settings_of
 from .preprocess import check_inputs, into_range
 
 
@@ -81,6 +82,11 @@ class Robust:
     def differentiable(self) -> bool:
         """As the reward: the changes themselves always are."""
         return self.reward.differentiable
+
+    @property
+    def score_settings(self) -> dict[str, Any]:
+        """Those of the reward, and the changes."""
+        return {"reward": settings_of(self.reward), "augmentations": [astuple(one) for one in self.augmentations]}
 
     @property
     def module(self) -> nn.Module | None:

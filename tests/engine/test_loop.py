@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -28,7 +30,10 @@ from ipgo_engine.formats.state import write_state
 from ipgo_engine.gradients import ESTIMATORS, Task
 from ipgo_engine.memory import is_out_of_memory
 from ipgo_engine.problems import NoiseProblem, TokenProblem
-from ipgo_engine.rewards import Robust, Weighted
+from ipgo_engine.resume import comparable, differing
+from ipgo_engine.rewards import Judge, JudgeConfig, Offloaded, Robust, Weighted
+from ipgo_engine.rewards.base import settings_of
+from ipgo_engine.rewards.jpeg import JpegSize
 from tests.engine.toys import ToyGenerator, ToyReward
 
 SMALL = TokenConfig(prefix_length=3, suffix_length=2, basis_size=4)
@@ -172,6 +177,55 @@ def test_resume_refuses_the_state_of_another_run(tmp_path):
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(InputError, match="damaged"):
         run("noise", state_file=file, resume=True)
+
+
+class Measured(torch.nn.Module):
+    """A reward of one weight, which its name does not tell."""
+
+    name, differentiable = "measured", True
+
+    def __init__(self, sign: float) -> None:
+        super().__init__()
+        self.module = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.constant_(self.module.weight, sign)
+
+    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """Mean brightness, or minus that."""
+        return self.module(images.mean((1, 2, 3))[:, None])[:, 0]
+
+
+def judge(model: str) -> Judge:
+    return Judge(JudgeConfig(url="http://127.0.0.1/v1", model=model))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "different"),
+    [
+        (JpegSize(quality=95), JpegSize(quality=30), "quality"),
+        (Robust(ToyReward(), noise=0.02), Robust(ToyReward(), noise=0.5), "augmentations"),
+        (Weighted([(ToyReward(), 1.0)], [(0, 1)]), Weighted([(ToyReward(), 1.0)], [(0, 2)]), "scales"),
+        (Weighted([(JpegSize(quality=95), 1.0)]), Weighted([(JpegSize(quality=30), 1.0)]), "parts"),
+        (Measured(1), Measured(-1), "weights"),
+        (Robust(Measured(1)), Robust(Measured(-1)), "weights"),
+        (judge("a"), judge("b"), "model"),
+    ],
+)
+def test_resume_refuses_another_reward_of_the_same_name(one, other, different):
+    """Its scores do not compare with those that are kept: the gain would be that of the scale."""
+    assert one.name == other.name
+    assert differing(settings_of(one), settings_of(other)) == [different]
+    assert json.loads(json.dumps(settings_of(one))) == comparable(settings_of(one))
+
+
+def test_offloading_may_differ_after_a_resume_and_weights_may_not(tmp_path):
+    def learn(reward, resume=True):
+        generator, file = ToyGenerator(), tmp_path / "state.safetensors"
+        return optimize_noise(generator, reward, ["red heart", "pizza"], NOISE, state_file=file, resume=resume)
+
+    learn(Robust(Measured(1)), resume=False)
+    assert learn(Robust(Offloaded(Measured(1)))).stopped == "finished"
+    with pytest.raises(InputError, match=r"different: weights\)"):
+        learn(Robust(Measured(-1)))
 
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.permutations(["tokens", "noise", "joint"], 2)))
