@@ -7,23 +7,23 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..config import NoiseConfig, OptimizeConfig, TokenConfig
 from ..errors import Cancelled, InputError, IPGOError
 from ..formats.noise import write_noise
-from ..generators.base import Generator
 from ..noise import CHANNEL_DIM, NoiseRegularizer
 from ..optimize import Result, optimize_noise, train_tokens
 from ..report import environment, slug
 from ..rewards import Reward, load
 from . import models
+from .demo_page import write_page
+from .demo_trials import QUICK, Demo, Plan, Trial
 from .evaluate import best_of, images_at_equal_cost, rate, render
-from .folder import ResultsFolder, plan_folder
+from .folder import plan_folder
 from .interrupt import Interrupt
 from .progress import Progress
 
@@ -32,63 +32,9 @@ NOISE_RATE = 1e-1  # ... and ten times: a demonstration has few updates
 NOISE_STEPS = 3  # the noise's K: at equal cost better on this model than gradients through all steps
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How much the demo does. Measured so that the optimization takes under four minutes on two CPU cores."""
-
-    prompts: tuple[str, ...] = ("tree", "fish", "elephant", "soccer ball")  # the model draws them poorly: room to gain
-    hacked: str = "black cat"  # brightened until it is a cat no more (noise paper, section 3)
-    steps: int = 8
-    epochs: int = 10
-    iterations: int = 20
-    hack_iterations: int = 20
-    best_of: int | None = None  # None: as many images as cost the same as one noise run
-
-
-QUICK = Plan(prompts=("red heart",), steps=2, epochs=2, iterations=2, hack_iterations=2, best_of=3)
-
-
-@dataclass
-class Trial:
-    """One method on some prompts; rows are images."""
-
-    key: str
-    title: str
-    reward: Reward
-    prompts: list[str]
-    before: Tensor
-    after: Tensor
-    history: dict[str, Any] = field(default_factory=dict)
-    records: list[dict[str, Any]] = field(default_factory=list)
-    stopped: str = "finished"
-    seconds: float = 0.0
-
-
-@dataclass
-class Demo:
-    """What every step of the demo uses."""
-
-    plan: Plan
-    seed: int
-    settings: dict[str, Any]
-    generator: Generator
-    target: Reward
-    judge: Reward
-    interrupt: Interrupt
-    folder: ResultsFolder
-    configs: dict[str, Any] = field(default_factory=dict)
-    trials: list[Trial] = field(default_factory=list)
-
-    @property
-    def monitors(self) -> list[Reward]:
-        """The held-out reward."""
-        return [self.judge]
-
-
 def run(arguments: argparse.Namespace) -> int:
     """`ipgo demo`."""
     from . import INTERRUPTED
-    from .demo_page import write_page
 
     demo, record = _prepare(arguments)
     started, stopped = time.time(), "finished"

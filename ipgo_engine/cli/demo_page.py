@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -23,10 +23,8 @@ from ..report import (
     write_json,
     write_text,
 )
+from .demo_trials import Demo, Trial
 from .folder import RUN_FILE
-
-if TYPE_CHECKING:
-    from .demo import Demo, Trial
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }

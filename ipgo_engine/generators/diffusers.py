@@ -81,17 +81,11 @@ class DiffusersGenerator:
         self._size = image_size(pipeline, height, width)
         factor = int(pipeline.vae_scale_factor)
         scheduler = make_scheduler(sampler, pipeline.scheduler.config)
+        shape = (int(pipeline.unet.config.in_channels), self._size[0] // factor, self._size[1] // factor)
         self._sampler = Sampler(
-            scheduler,
-            steps,
-            eta=eta,
-            shape=(int(pipeline.unet.config.in_channels), self._size[0] // factor, self._size[1] // factor),
-            dtype=self._dtype,
-            device=self.device,
-            begin=self._xl,
+            scheduler, steps, eta=eta, shape=shape, dtype=self._dtype, device=self.device, begin=self._xl
         )
         self.settings: Mapping[str, Any] = {
-            "pipeline": type(pipeline).__name__,
             "sampler": sampler,
             "eta": eta,
             "steps": steps,
@@ -100,12 +94,8 @@ class DiffusersGenerator:
             "height": self._size[0],
             "width": self._size[1],
             "padded": padded,
-            "dtype": str(self._dtype),
             "autocast": None if autocast is None else str(autocast),
-            # Models with the same text encoder differ in these alone.
-            "unet": describe_weights(pipeline.unet.named_parameters()),
-            "vae": describe_weights(pipeline.vae.named_parameters()),
-            **{name: scheduler.config.get(name) for name in _SCHEDULE},
+            **_model_settings(pipeline, scheduler),
         }
         self.steps = len(self._sampler.timesteps)
         self.noise_shape: tuple[int, ...] = self._sampler.shape
@@ -249,6 +239,18 @@ class DiffusersGenerator:
             raise InputError("conditioning.extras lacks 'pooled' or 'time_ids', which SDXL needs: use `encode`.")
         if backprop_steps is not None and backprop_steps < 1:
             raise InputError(f"backprop_steps is {backprop_steps}: use 1 or more, or None for every step.")
+
+
+def _model_settings(pipeline: Any, scheduler: Any) -> dict[str, Any]:
+    """What tells one model from another for a run that is resumed."""
+    return {
+        "pipeline": type(pipeline).__name__,
+        "dtype": str(pipeline.unet.dtype),
+        # Models with the same text encoder differ in these alone.
+        "unet": describe_weights(pipeline.unet.named_parameters()),
+        "vae": describe_weights(pipeline.vae.named_parameters()),
+        **{name: scheduler.config.get(name) for name in _SCHEDULE},
+    }
 
 
 def _to(value: Any, device: torch.device) -> Any:

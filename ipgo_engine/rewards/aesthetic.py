@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .backbones import ClipBackbone
+from .clip_backbone import ClipBackbone
 from .files import fill_module, find_file, read_weights
 from .heads import rating_head
 from .preprocess import check_inputs

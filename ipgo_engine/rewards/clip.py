@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .backbones import ClipBackbone, cosine
+from .clip_backbone import ClipBackbone, cosine
 from .preprocess import check_inputs
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .backbones import ClipBackbone
+from .clip_backbone import ClipBackbone
 from .clip_transformers import build_clip
 from .files import find_file, read_json, read_weights
 from .preprocess import CLIP_MEAN, CLIP_STD, Preprocessing

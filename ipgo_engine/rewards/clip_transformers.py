@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .backbones import ClipBackbone
+from .clip_backbone import ClipBackbone
 from .files import empty_model, fill_module, find_file, read_json, read_weights
 from .preprocess import CLIP_MEAN, CLIP_STD, Preprocessing
 from .text import Tokenize, load_clip_tokenizer

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .backbones import ClipBackbone, cosine
 from .base import Reward
 from .clip import ClipScore
+from .clip_backbone import ClipBackbone, cosine
 from .precision import GradientScale
 from .preprocess import Preprocessing, check_inputs
 

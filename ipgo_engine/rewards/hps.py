@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .backbones import ClipBackbone, cosine, load_clip
+from .backbones import load_clip
+from .clip_backbone import ClipBackbone, cosine
 from .files import find_file
 from .preprocess import Preprocessing, check_inputs
 

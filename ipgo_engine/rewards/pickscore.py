@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .backbones import ClipBackbone, cosine, load_clip
+from .backbones import load_clip
+from .clip_backbone import ClipBackbone, cosine
 from .preprocess import check_inputs
 
 FEATURES = 1024  # of ViT-H/14

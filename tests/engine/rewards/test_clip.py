@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from ipgo_engine import rewards
 from ipgo_engine.errors import InputError
-from ipgo_engine.rewards import backbones, text
+from ipgo_engine.rewards import backbones, clip_backbone, text
 
 from . import tiny
 
@@ -52,7 +52,7 @@ def test_transformers_parity_from_the_same_pixels(folder, prompts):
     reward = rewards.load("clip", folder)
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     image_embeds, text_embeds = reference_features(folder, pixels, prompts)
-    ours = backbones.cosine(reward.backbone.pixel_features(pixels), reward.backbone.text_features(prompts))
+    ours = clip_backbone.cosine(reward.backbone.pixel_features(pixels), reward.backbone.text_features(prompts))
     assert (ours - (image_embeds * text_embeds).sum(-1)).abs().max() < 1e-5
 
 
@@ -66,7 +66,7 @@ def test_open_clip_parity_from_the_same_pixels(open_folder, prompts):
     tokens = open_clip.SimpleTokenizer()(prompts)
     with torch.no_grad():
         expected = (model.encode_image(pixels, normalize=True) * model.encode_text(tokens, normalize=True)).sum(-1)
-    ours = backbones.cosine(reward.backbone.pixel_features(pixels), reward.backbone.text_features(prompts))
+    ours = clip_backbone.cosine(reward.backbone.pixel_features(pixels), reward.backbone.text_features(prompts))
     assert (ours - expected).abs().max() < 1e-5
 
 
