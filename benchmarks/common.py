@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ipgo_engine import demo, rewards
+from ipgo_engine.cli import inputs
 from ipgo_engine.generators.diffusers import DiffusersGenerator
 
 PROMPTS = Path(__file__).parent / "demo_prompts.txt"
@@ -85,9 +86,8 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def read_prompts(options: argparse.Namespace) -> list[str]:
-    """The first `--prompts` lines of `--list`."""
-    lines = [line.strip() for line in options.list.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if line][: options.prompts]
+    """The first `--prompts` prompts of `--list`."""
+    return inputs.read_prompts(options.list)[: options.prompts]
 
 
 def load_rewards(options: argparse.Namespace) -> tuple[rewards.Reward, rewards.Reward]:

@@ -144,7 +144,7 @@ def require_matplotlib() -> None:
 
 def lines(text: str, name: str = "prompt") -> list[str]:
     """One prompt per line that is not blank."""
-    found = [line.strip() for line in text.splitlines() if line.strip()]
+    found = [line.strip() for line in text.split("\n") if line.strip()]  # not splitlines: it breaks inside lines too
     if not found:
         raise InputError(f"{name} is empty: write at least one.")
     return found

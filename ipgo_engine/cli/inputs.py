@@ -27,7 +27,7 @@ def read_prompts(path: str | Path) -> list[str]:
         raise InputError(f"prompts file {path} is not UTF-8 text ({error.reason}).") from error
     except OSError as error:
         raise InputError(f"prompts file {path} cannot be read ({error.strerror or error}).") from error
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [line.strip() for line in text.split("\n")]  # not splitlines: it also breaks at marks inside a line
     prompts = [line for line in lines if line and not line.startswith("#")]
     if not prompts:
         raise InputError(f"prompts file {path} holds no prompt: write one per line.")

@@ -70,6 +70,13 @@ def test_prompts_file_skips_blank_lines_and_comments(tmp_path: Path):
     assert gather_prompts(["first"], str(file)) == ["first", "red heart", "black cat, 3D", "жук"]
 
 
+def test_only_the_end_of_a_line_ends_a_prompt(tmp_path: Path):
+    """Text pasted from a page may hold other marks that Python counts as ends of lines."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("red\u2028heart\nblack\x0bcat\n", encoding="utf-8")
+    assert read_prompts(file) == ["red\u2028heart", "black\x0bcat"]
+
+
 def test_seeds_and_sizes():
     assert parse_seeds("3") == [3]
     assert parse_seeds("0,5, 2-4,3") == [0, 5, 2, 3, 4]
