@@ -29,6 +29,7 @@ SHAPES: dict[str, tuple[int, int, int, int]] = {  # (noises, channels, height, w
     "SD1.5, 51 noises": (51, 4, 64, 64),
 }
 BLOCK_SIZES = (1, 2, 4, 8, 16, 32, 64)
+RUN = 64  # neighbours that `--orders runs` keeps together, as the regularizer does in a noise of 65,536 values or more
 
 CONCLUSION = """
 k(n) = the largest power of two with n >= 256 k^2, from 1 to 64 (`ipgo_engine.noise.choose_block_size`), because
@@ -171,7 +172,20 @@ def affine_orders(n: int, b: int, seed: int) -> Iterator[Tensor]:
         yield torch.cat([(positions * a + shift) % (n - 1), torch.tensor([n - 1])])
 
 
-ORDERS = {"uniform": uniform_orders, "affine": affine_orders}
+def run_orders(n: int, b: int, seed: int) -> Iterator[Tensor]:
+    """Affine orders of runs of 64 neighbours, each run as it lies; `apart` makes blocks of them."""
+    lanes = torch.arange(RUN)
+    for order in affine_orders(n // RUN, b, seed):
+        yield (order[:, None] * RUN + lanes).flatten()
+
+
+def apart(order: Tensor, k: int) -> Tensor:
+    """The order in which k runs that follow one another make 64 blocks, each with one value of every run."""
+    groups = order.numel() // (k * RUN)
+    return order[: groups * k * RUN].view(groups, k, RUN).transpose(1, 2).flatten()
+
+
+ORDERS = {"uniform": uniform_orders, "affine": affine_orders, "runs": run_orders}
 
 
 @dataclass(frozen=True)
@@ -199,7 +213,7 @@ class Row:
 
 
 def evaluate(z: Tensor, sizes: list[int], kind: str, b: int, seed: int, gradients: bool) -> dict[int, dict[str, float]]:
-    """All statistics of one noise for every block size; each order is gathered once."""
+    """All statistics of one noise for every block size."""
     flat = z.flatten()
     identity = {k: measure(flat, k, gradients) for k in sizes}
     random: dict[int, list[tuple[float, float]]] = {k: [] for k in sizes}
@@ -207,10 +221,11 @@ def evaluate(z: Tensor, sizes: list[int], kind: str, b: int, seed: int, gradient
     for order in ORDERS[kind](flat.numel(), b, seed):
         shuffled = flat[order]
         for k in sizes:
-            found = measure(shuffled, k, gradients)
+            own, values = (apart(order, k), flat[apart(order, k)]) if kind == "runs" else (order, shuffled)
+            found = measure(values, k, gradients)
             random[k].append((found.log_p1, found.log_p2))
             if found.gradient is not None:
-                total[k][order] += found.gradient / b
+                total[k][own] += found.gradient / b
     return {k: summarize(identity[k], random[k], total[k]) for k in sizes}
 
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import InputError
+from .permutations import Shuffles, affine_orders, run_length
 
 LOG2 = math.log(2.0)
 CHANNEL_DIM = 2  # of the noise of a generator, (B, n, C, ...)
 FEWEST_VALUES = 16  # fewer numbers than this hold no evidence for or against being Gaussian
-_ROW = 1024  # indices of an order are made as a table of this width, without a division per index
 
 
 def choose_block_size(values: int) -> int:
@@ -71,7 +71,7 @@ class NoiseRegularizer:
                 f"at least {max(2 * block, FEWEST_VALUES)} values are needed."
             )
         count = self.permutations if block > 1 else 1  # blocks of one value look the same in every order
-        steps, starts = affine_orders(values, count - 1, self.seed)
+        steps, starts = affine_orders(values // run_length(values, block), count - 1, self.seed)
         found = _Measure.apply(flat, block, steps.to(flat.device), starts.to(flat.device))
         if channel_dim is None or channel_dim + 1 >= z.ndim or not 1 < z.shape[channel_dim] <= values // 2:
             return found  # a single channel, or a single place: nothing to put together
@@ -80,104 +80,91 @@ class NoiseRegularizer:
         return (found[0] + offsets[0]) / 2, torch.minimum(found[1], offsets[1])
 
 
-def affine_orders(values: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Steps a and starts c of `count` permutations i -> (a i + c) mod (n - 1), a coprime to n - 1; the last stays.
-
-    Two integers a permutation instead of n sorted random numbers, and measured to tell degenerate noise apart at least
-    as well as uniformly random permutations do: a stride keeps long-range structure together. (Modulo n itself, a
-    block size that divides n would keep every residue class together and the block mean would never change.)
-    """
-    random = torch.Generator().manual_seed(seed)
-    steps: list[int] = []
-    while len(steps) < count:
-        step = int(torch.randint(1, values - 1, (), generator=random))
-        if math.gcd(step, values - 1) == 1:
-            steps.append(step)
-    return torch.tensor(steps, dtype=torch.long), torch.randint(values - 1, (count,), generator=random)
-
-
-def order_indices(steps: Tensor, starts: Tensor, values: int) -> Tensor:
-    """The permutations themselves, (len(steps), n), int32: places in `twice(z)`.
-
-    There every value but the last stands twice, so that no sum has to be taken modulo n - 1: that took longer than all
-    the rest together.
-    """
-    modulus = values - 1
-    table = steps[:, None] * torch.arange(_ROW, device=steps.device) % modulus
-    heads = (steps * _ROW % modulus)[:, None] * torch.arange(-(-values // _ROW), device=steps.device)
-    heads = (heads + starts[:, None]) % modulus
-    order = (heads.int()[:, :, None] + table.int()[:, None, :]).flatten(1)[:, :values]
-    order[:, modulus] = 2 * modulus
-    return order
-
-
-def twice(z: Tensor) -> Tensor:
-    """(B, 2 n - 1): z without its last value, then z."""
-    return torch.cat([z[:, :-1], z], dim=1)
-
-
 class _Measure(torch.autograd.Function):
-    """Values and gradient in one pass: both bounds have closed-form gradients, and most are zero."""
+    """Values and gradient together: both bounds have closed-form gradients, and most are zero."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, block: int, steps: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-        want = ctx.needs_input_grad[0]
-        log1, log2, gradient = _bounds(z, z, None, block, want)
-        total, lowest = (log1 + log2)[:, 0], torch.minimum(log1, log2)[:, 0]
+        rows, want = len(z), ctx.needs_input_grad[0]
+        used = z.shape[1] // block * block
+        blocks = z[:, :used].view(rows, 1, -1, block)
+        found = _bounds(*_moments(blocks), used // block)
+        total, lowest, gradient = found.total(), found.lowest(), torch.zeros_like(z)
+        if want and bool(found.hot.any()):
+            gradient[:, :used] = found.slope(blocks, found.hot).reshape(rows, used)
         if len(steps):
-            total, weight = total / 2, 0.5 / len(steps)
-            gradient = gradient / 2
-            room = 1 << (18 if z.device.type == "cpu" else 24)  # what fits into a cache, or keeps a GPU busy
-            source = twice(z)
-            for a, c in zip(*(t.split(max(1, room // z.numel())) for t in (steps, starts)), strict=True):
-                log1, log2, slope = _bounds(z, source, order_indices(a, c, z.shape[1]), block, want)
-                total = total + weight * (log1 + log2).sum(1)
-                lowest = torch.minimum(lowest, torch.minimum(log1, log2).amin(1))
-                gradient = gradient + weight * slope
+            shuffles = Shuffles(z, block, steps, starts)
+            moments = [_moments(shuffles.blocks(shuffles.orders(part))) for part in shuffles.parts]
+            mean, second = (torch.cat(part, dim=1) for part in zip(*moments, strict=True))
+            found = _bounds(mean, second, shuffles.count)
+            total, lowest = (total + found.total()) / 2, torch.minimum(lowest, found.lowest())
+            gradient /= 2
+            for part in shuffles.parts if want else ():
+                part = part[found.hot[part]]
+                if len(part):
+                    orders = shuffles.orders(part)
+                    slope = found.slope(shuffles.blocks(orders), part)
+                    shuffles.put_back(gradient, slope, orders, 0.5 / len(steps))
         probability = lowest.exp()
         ctx.save_for_backward(gradient)
-        ctx.shape = z.shape
         ctx.mark_non_differentiable(probability)
         return total, probability
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (grads[0][:, None] * gradient).expand(ctx.shape), None, None, None
+        return grads[0][:, None] * gradient, None, None, None
 
 
-def _bounds(
-    z: Tensor, source: Tensor, orders: Tensor | None, block: int, with_slope: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """log p1 and log p2 (eqs. 6, 7) of z (B, n) under P permutations, (B, P) each, and the gradient of their sum.
+class _Bounds(NamedTuple):
+    """log p1 and log p2 (eqs. 6, 7) of P orders, (B, P), and the gradient of their sum.
 
-    The permutations are places in `source`, or None for z as it is. z is cut into m blocks of k = `block`; a remainder
-    shorter than a block is left out. The gradient is (B, n), or a scalar zero where it vanishes: typical noise is free.
+    That of a block z_i is `constant` + (`axis` . z_i) `pull`, each (B, P, k, 1).
     """
-    rows, count = z.shape[0], z.shape[1] // block
-    places = None if orders is None else orders[:, : count * block]
-    chosen = z[:, : count * block] if places is None else source.index_select(1, places.flatten())
-    blocks = chosen.view(rows, -1, count, block)
-    mean = blocks.mean(dim=2)
+
+    log1: Tensor
+    log2: Tensor
+    constant: Tensor
+    axis: Tensor
+    pull: Tensor
+
+    @property
+    def hot(self) -> Tensor:
+        """Which of the P have a gradient: of typical noise a few."""
+        return ((self.log1 < 0) | (self.log2 < 0)).any(0)
+
+    def total(self) -> Tensor:
+        """The expectation of eq. 9, (B,)."""
+        return (self.log1 + self.log2).mean(1)
+
+    def lowest(self) -> Tensor:
+        """The minimum of eq. 8, (B,)."""
+        return torch.minimum(self.log1, self.log2).amin(1)
+
+    def slope(self, blocks: Tensor, orders: Tensor) -> Tensor:
+        """Gradients of blocks (B, Q, m, k) in these Q of the P orders."""
+        along = (blocks @ self.axis[:, orders]).transpose(2, 3)
+        return (along * self.pull[:, orders]).add_(self.constant[:, orders]).transpose(2, 3)
+
+
+def _moments(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (B, P, k) and second moments (B, P, k, k) of blocks (B, P, m, k)."""
+    return blocks.mean(dim=2), blocks.transpose(2, 3) @ blocks / blocks.shape[2]
+
+
+def _bounds(mean: Tensor, second: Tensor, count: int) -> _Bounds:
+    """Both bounds from the moments of `count` blocks."""
+    block = mean.shape[2]
     log1 = (LOG2 - count * mean.square().sum(-1) / (2 * block)).clamp_max(0)
-    covariance = blocks.transpose(2, 3) @ blocks / count - torch.eye(block, device=z.device)
-    small = covariance if z.device.type in ("cpu", "cuda") else covariance.cpu()  # other backends may lack eigh
-    spectrum, vectors = (part.to(z.device) for part in torch.linalg.eigh(small))
+    covariance = second - torch.eye(block, device=mean.device)
+    small = covariance if mean.device.type in ("cpu", "cuda") else covariance.cpu()  # other backends may lack eigh
+    spectrum, vectors = (part.to(mean.device) for part in torch.linalg.eigh(small))
     m2, top = spectrum.abs().max(dim=-1)
     excess = ((1 + m2).sqrt() - 1 - math.sqrt(block / count)).clamp_min(0)
     log2 = (LOG2 - count / 2 * excess.square()).clamp_max(0)
-    hot = ((log1 < 0) | (log2 < 0)).any(0)  # the permutations that have a gradient: of typical noise a few
-    if not with_slope or not bool(hot.any()):
-        return log1, log2, z.new_zeros(())
     # d log p1 / d z_i = -mean / k;  d log p2 / d z_i = -sign excess / sqrt(1 + M2) (u . z_i) u, u the top eigenvector
-    u = vectors.gather(-1, top[..., None, None].expand(*top.shape, block, 1))
+    axis = vectors.gather(-1, top[..., None, None].expand(*top.shape, block, 1))
     sign = spectrum.gather(-1, top[..., None])[..., 0].sign()
-    slope1 = ((log1 < 0) / -block)[..., None, None] * mean[:, :, None, :]
-    slope2 = ((log2 < 0) * sign * excess / -(1 + m2).sqrt())[..., None, None] * u.transpose(2, 3)
-    slope = (slope1[:, hot] + (blocks[:, hot] @ u[:, hot]) * slope2[:, hot]).view(rows, -1)
-    if places is None:
-        return log1, log2, torch.nn.functional.pad(slope, (0, z.shape[1] - slope.shape[1]))
-    places, modulus = places[hot].flatten(), z.shape[1] - 1
-    places = torch.where(places < modulus, places, places - modulus).long()
-    # Not index_add_: it takes 17 times as long on a CPU.
-    return log1, log2, torch.zeros_like(z).scatter_add_(1, places.expand(rows, -1), slope)
+    constant = ((log1 < 0) / -block)[..., None, None] * mean[..., None]
+    pull = ((log2 < 0) * sign * excess / -(1 + m2).sqrt())[..., None, None] * axis
+    return _Bounds(log1, log2, constant, axis, pull)

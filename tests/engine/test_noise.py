@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ipgo_engine import InputError, NoiseRegularizer
-from ipgo_engine.noise import CHANNEL_DIM, affine_orders, choose_block_size, order_indices, twice
+from ipgo_engine.noise import CHANNEL_DIM, choose_block_size
+from ipgo_engine.permutations import affine_orders, order_indices, run_length
 from tests.engine import reference
 
 LOG2 = math.log(2)
@@ -20,15 +21,14 @@ def gaussian(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def orders(values: int, count: int, seed: int = 0) -> list[np.ndarray]:
-    """The permutations the regularizer looks at: as it lies, then shuffled ones."""
-    steps, starts = affine_orders(values, count - 1, seed)
-    return [np.arange(values), *permutations(steps, starts, values).numpy()]
-
-
-def permutations(steps: torch.Tensor, starts: torch.Tensor, values: int) -> torch.Tensor:
-    """What the places in `twice(z)` are in z."""
-    return twice(torch.arange(values)[None])[0][order_indices(steps, starts, values).long()]
+def orders(values: int, count: int, block: int, seed: int = 0) -> list[np.ndarray]:
+    """The permutations the regularizer looks at, as far as they fill blocks: as it lies, then shuffled ones."""
+    run = run_length(values, block)
+    steps, starts = affine_orders(values // run, count - 1, seed)
+    shuffled = order_indices(steps, starts, values // run).long().numpy()
+    groups = [order[: len(order) // block * block].reshape(-1, 1, block) for order in shuffled]
+    # Block by block: one value of each run.
+    return [np.arange(values), *((group * run + np.arange(run)[:, None]).flatten() for group in groups)]
 
 
 def weights(count: int) -> list[float]:
@@ -42,7 +42,7 @@ def weights(count: int) -> list[float]:
 @pytest.mark.parametrize("values", [16, 17, 100, 1023, 1024, 1025, 1026, 2049, 5000])
 def test_every_order_is_a_permutation_by_the_affine_formula(values):
     steps, starts = affine_orders(values, 20, seed=3)
-    found = permutations(steps, starts, values)
+    found = order_indices(steps, starts, values)
     assert found.shape == (20, values)
     for row, a, c in zip(found.tolist(), steps.tolist(), starts.tolist(), strict=True):
         assert sorted(row) == list(range(values))
@@ -52,7 +52,7 @@ def test_every_order_is_a_permutation_by_the_affine_formula(values):
 def test_large_orders_do_not_overflow():
     values = 51 * 4 * 128 * 128  # 51 noises of SDXL
     steps, starts = affine_orders(values, 2, seed=0)
-    found = permutations(steps, starts, values)
+    found = order_indices(steps, starts, values)
     i = np.array([1, 1023, 1024, 123_456, values - 3, values - 2], dtype=object)
     for row, a, c in zip(found, steps.tolist(), starts.tolist(), strict=True):
         assert row[i.astype(np.int64)].tolist() == list((a * i + c) % (values - 1))
@@ -74,13 +74,28 @@ def test_orders_depend_on_the_seed_and_the_size_alone():
 def test_shuffles_mix_the_columns_of_the_blocks():
     """Modulo n, a block size that divides n would keep every residue class together and M1 would never change."""
     z = gaussian(1024).double().numpy()
-    norms = [reference.mean_norm(z[order], 4) for order in orders(1024, 30)]
+    norms = [reference.mean_norm(z[order], 4) for order in orders(1024, 30, 4)]
     assert len({round(norm, 9) for norm in norms}) == 30
+
+
+@pytest.mark.parametrize(("values", "block"), [(65_535, 16), (65_536, 65), (65_536, 64), (835_584, 32)])
+def test_many_values_are_shuffled_in_runs_of_64(values, block):
+    assert run_length(values, block) == (64 if values >= 65_536 and block <= 64 else 1)
+
+
+def test_no_block_holds_two_values_of_a_run_and_no_value_is_in_two_blocks():
+    values, block = 65_700, 24  # 1026 runs, of which 18 are left out, and 36 values more
+    for order in orders(values, 4, block)[1:]:
+        assert len(order) == 1008 * 64
+        assert len(set(order.tolist())) == len(order)
+        runs = np.sort(order.reshape(-1, block) // 64, axis=1)
+        assert (np.diff(runs, axis=1) > 0).all()
 
 
 # --- values -----------------------------------------------------------------------------------------------------
 
 CASES = [(1024, 2, 100), (1024, 4, 7), (1030, 8, 20), (4096, 16, 10), (333, 1, 100), (333, 3, 1), (64, 32, 5)]
+LARGE = [(65_536, 16, 12), (65_700, 24, 5), (66_000, 100, 3)]  # in runs; the last one, with its large blocks, is not
 SPOILED = {
     "gaussian": lambda z: z,
     "scaled": lambda z: 1.4 * z,
@@ -93,12 +108,12 @@ SPOILED = {
 }
 
 
-@pytest.mark.parametrize(("values", "block", "count"), CASES)
+@pytest.mark.parametrize(("values", "block", "count"), CASES + LARGE)
 @pytest.mark.parametrize("name", SPOILED)
 def test_r_and_p_equal_the_reference(name, values, block, count):
     z = SPOILED[name](gaussian(values, seed=values))
     found = NoiseRegularizer(block, count, seed=7)
-    permutations = orders(values, count, seed=7)
+    permutations = orders(values, count, block, seed=7)
     expected_r = reference.regularizer(z.numpy(), block, permutations, weights(count))
     expected_p = reference.probability(z.numpy(), block, permutations)
     assert found.log_probability(z).item() == pytest.approx(expected_r, rel=1e-5, abs=1e-5)
@@ -160,7 +175,7 @@ def test_typical_noise_beside_it_does_not_change_the_gradient_of_another():
 def test_chunks_do_not_change_the_result():
     """A noise large enough for several chunks of permutations, against the reference on the same orders."""
     z = 1.02 * gaussian(40_000, seed=4)
-    expected = reference.regularizer(z.numpy(), 4, orders(40_000, 12), weights(12))
+    expected = reference.regularizer(z.numpy(), 4, orders(40_000, 12, 4), weights(12))
     assert NoiseRegularizer(4, 12).log_probability(z).item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -169,8 +184,9 @@ def test_chunks_do_not_change_the_result():
 
 def autograd_value(z: Tensor, block: int, count: int) -> Tensor:
     """R(z) by ordinary differentiable operations in float64."""
-    m, total = z.numel() // block, torch.zeros((), dtype=torch.float64)
-    for weight, order in zip(weights(count), orders(z.numel(), count), strict=True):
+    total = torch.zeros((), dtype=torch.float64)
+    for weight, order in zip(weights(count), orders(z.numel(), count, block), strict=True):
+        m = len(order) // block
         x = z[torch.as_tensor(order, dtype=torch.long)][: m * block].view(m, block)
         m2 = torch.linalg.matrix_norm(x.T @ x / m - torch.eye(block, dtype=torch.float64), ord=2)
         excess = ((1 + m2).sqrt() - 1 - math.sqrt(block / m)).clamp_min(0)
@@ -179,7 +195,9 @@ def autograd_value(z: Tensor, block: int, count: int) -> Tensor:
     return total
 
 
-@pytest.mark.parametrize(("values", "block", "count"), [(1024, 4, 20), (1030, 8, 5), (500, 1, 1), (1024, 2, 1)])
+@pytest.mark.parametrize(
+    ("values", "block", "count"), [(1024, 4, 20), (1030, 8, 5), (500, 1, 1), (1024, 2, 1), *LARGE[:2]]
+)
 @pytest.mark.parametrize("name", ["scaled", "shrunk", "shifted", "correlated", "half zero"])
 def test_gradient_equals_autograd_of_the_formulas(name, values, block, count):
     z = SPOILED[name](gaussian(values, seed=2))
@@ -187,7 +205,7 @@ def test_gradient_equals_autograd_of_the_formulas(name, values, block, count):
     (expected,) = torch.autograd.grad(autograd_value(exact, block, count), exact)
     z.requires_grad_()
     (found,) = torch.autograd.grad(NoiseRegularizer(block, count).log_probability(z), z)
-    assert (found.double() - expected).norm() <= 2e-5 * expected.norm()
+    assert (found.double() - expected).norm() <= 1e-4 * expected.norm()
     blind = (block == 1 and name == "correlated") or (block == 8 and name == "half zero")
     assert (expected.norm() == 0) == blind
 
@@ -197,7 +215,7 @@ def test_gradient_equals_finite_differences_of_the_reference(name):
     values, block, count = 200, 2, 6
     z = SPOILED[name](gaussian(values, seed=9)).requires_grad_()
     (found,) = torch.autograd.grad(NoiseRegularizer(block, count).log_probability(z), z)
-    base, permutations = z.detach().double().numpy(), orders(values, count)
+    base, permutations = z.detach().double().numpy(), orders(values, count, block)
     for index in range(0, values, 17):
         step = np.zeros(values)
         step[index] = 1e-5
@@ -361,7 +379,7 @@ def test_a_gpu_gives_the_same_numbers():
 def test_the_channels_of_one_place_together_equal_the_reference(shape, offset):
     z = gaussian(*shape) + offset * torch.linspace(-1, 1, shape[2]).view(-1, *[1] * (len(shape) - 3))
     found = NoiseRegularizer(2, 10, seed=3)
-    permutations = orders(z[0].numel(), 10, seed=3)
+    permutations = orders(z[0].numel(), 10, 2, seed=3)
     together = z[0].movedim(1, -1).flatten().numpy()
     r = reference.regularizer(z.numpy(), 2, permutations, weights(10))
     count = shape[2]
