@@ -13,7 +13,10 @@ from .problems import Problem, snapshot
 
 @dataclass
 class Best:
-    """A snapshot of the parameters with its images and rewards; empty until the first `consider`."""
+    """A snapshot of the parameters with its images and rewards; empty until the first `consider`.
+
+    Only the snapshot is on the parameters' device, the rest on the CPU.
+    """
 
     state: dict[str, Tensor] | None = None
     rewards: Tensor | None = None
@@ -27,7 +30,7 @@ class Best:
 
         Shared parameters are judged by the mean reward. Images whose P(z) is below `limit` are never better.
         """
-        now = snapshot(problem)
+        now, probability = snapshot(problem), None if probability is None else probability.cpu()
         if self.state is None or self.rewards is None or self.images is None:
             self.state, self.rewards, self.images = now, evaluation.rewards.clone(), evaluation.images.clone()
             self.probability = None if probability is None else probability.clone()

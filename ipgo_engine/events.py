@@ -22,7 +22,7 @@ class StepEvent:
     gradient_norm: float = 0.0  # before clipping
     monitors: Mapping[str, float] = field(default_factory=dict)  # held-out rewards measured at this step
     seconds: float = 0.0  # wall-clock of this step
-    images: Tensor | None = None  # (B, 3, H, W) in [0, 1], detached; only on the steps that preview
+    images: Tensor | None = None  # (B, 3, H, W) in [0, 1], on the CPU; only on the steps that preview
 
 
 class Observer(Protocol):

@@ -24,7 +24,10 @@ Inputs = Callable[[Sequence[int]], tuple[Conditioning, Tensor]]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Images (B, 3, H, W) and raw rewards (B,), both detached."""
+    """Images (B, 3, H, W) and raw rewards (B,), both detached and on the CPU.
+
+    There, because a run holds several sets of them: those of many prompts would fill the memory that the model needs.
+    """
 
     images: Tensor
     rewards: Tensor
@@ -58,7 +61,8 @@ class Task:
         with torch.no_grad():
             for places in self.chunks(range(len(rows))):
                 chosen = [prompts[i] for i in places]
-                total += float(scores_of(reward, evaluation.images[places], chosen).sum())
+                images = evaluation.images[places].to(self.generator.device)
+                total += float(scores_of(reward, images, chosen).sum())
         return total / len(rows)
 
     def generate(self, rows: Sequence[int]) -> Tensor:
@@ -74,13 +78,16 @@ class Task:
         parts = []
         for chunk in self.chunks(rows):
             images = self.generator.generate(*(inputs or self.problem.inputs)(chunk))
-            parts.append((images, self.score(images, chunk)))
+            parts.append(_seen(images, self.score(images, chunk)))
         return _join(parts)
 
 
-def _join(parts: Sequence[tuple[Tensor, Tensor]]) -> Evaluation:
-    images, rewards = zip(*parts, strict=True)
-    return Evaluation(torch.cat(images).detach(), torch.cat(rewards).detach())
+def _seen(images: Tensor, rewards: Tensor) -> Evaluation:
+    return Evaluation(images.detach().cpu(), rewards.detach().cpu())
+
+
+def _join(parts: Sequence[Evaluation]) -> Evaluation:
+    return Evaluation(torch.cat([part.images for part in parts]), torch.cat([part.rewards for part in parts]))
 
 
 def _random(task: Task, step: int, row: int | None = None) -> torch.Generator:
@@ -116,7 +123,7 @@ def exact(task: Task, rows: Sequence[int], step: int) -> Evaluation:
         rewards = task.score(images, chunk)
         if rewards.requires_grad:  # a side of length zero or K beyond every use leaves nothing to learn
             torch.autograd.backward(-rewards.sum())
-        parts.append((images.detach(), rewards.detach()))
+        parts.append(_seen(images, rewards))
     return _join(parts)
 
 
@@ -139,7 +146,7 @@ def _hybrid(task: Task, rows: Sequence[int], perturbed: Callable[[list[int], Ten
             h /= count * scale**2
         if images.requires_grad:
             torch.autograd.backward(-(h * images).sum())
-        parts.append((y, rewards))
+        parts.append(_seen(y, rewards))
     return _join(parts)
 
 
@@ -179,7 +186,7 @@ def zeroth_order(task: Task, rows: Sequence[int], step: int) -> Evaluation:
             for total, direction, parameter in zip(totals, directions, parameters, strict=True):
                 own = any(parameter is p for p in task.problem.own)
                 weight = gains.view(-1, *[1] * (direction.ndim - 1)) if own else gains.sum()
-                total += weight * direction
+                total += weight.to(direction.device) * direction
     finally:
         _set(parameters, kept)
     for parameter, total in zip(parameters, totals, strict=True):

@@ -75,14 +75,14 @@ def _finish(loop: Loop, best: Any) -> Result[Any]:
     assert start is not None and found.images is not None and found.rewards is not None
     return Result(
         best=best,
-        image=found.images.float().cpu(),
-        rewards=found.rewards.cpu(),
-        start_image=start.images.float().cpu(),
-        start_rewards=start.rewards.cpu(),
+        image=found.images.float(),
+        rewards=found.rewards,
+        start_image=start.images.float(),
+        start_rewards=start.rewards,
         prompts=[loop.problem.prompts[row] for row in loop.result_rows],
         history=loop.history,
         stopped=loop.stopped,
-        probability=None if found.probability is None else found.probability.cpu(),
+        probability=found.probability,
     )
 
 

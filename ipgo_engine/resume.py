@@ -6,9 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from .best import Best
 from .events import StepEvent
 from .gradients import Evaluation
@@ -52,9 +49,9 @@ def put_back(loop: Loop, state: Mapping[str, Any]) -> None:
     if loop.problem.proposer is not None:
         loop.problem.proposer.load_state_dict(state["proposer"])
     loop.update, loop.failures, loop.rates = state["update"], state["failures"], state["rates"]
+    loop.best, loop.start = Best(**state["best"]), Evaluation(**state["start"])
     device = loop.task.generator.device
-    loop.best = Best(**_to_device(state["best"], device))
-    loop.start = Evaluation(**_to_device(state["start"], device))
+    loop.best.state = {key: value.to(device) for key, value in state["best"]["state"].items()}
     events = [StepEvent(**event) for event in state["history"]]
     loop.history = [event for event in events if event.step < loop.update]  # the last step is evaluated again
     loop.measured = max((event.step for event in loop.history if event.monitors), default=None)
@@ -86,9 +83,3 @@ def differing(theirs: Any, mine: Any, name: str = "") -> list[str]:
         return [] if theirs == mine else [name]
     keys = sorted({*theirs, *mine})
     return [found for key in keys for found in differing(theirs.get(key), mine.get(key), str(key))]
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _to_device(item, device) for key, item in value.items()}
-    return value.to(device) if isinstance(value, Tensor) else value

@@ -13,6 +13,7 @@ import torch
 from ipgo_engine import (
     JointConfig,
     NoiseConfig,
+    NoiseRegularizer,
     OptimizeConfig,
     TokenConfig,
     cli,
@@ -23,6 +24,7 @@ from ipgo_engine import (
     train_tokens,
 )
 from ipgo_engine.cli import inputs
+from ipgo_engine.events import Silent
 from ipgo_engine.generators.diffusers import DiffusersGenerator
 from ipgo_engine.generators.samplers import SAMPLERS
 from tests import second_device
@@ -108,13 +110,45 @@ def test_a_run_is_the_same(places, name):
         assert other.reward == pytest.approx(event.reward, rel=5e-3, abs=1e-3)
 
 
-def test_a_run_goes_on_where_it_was_stopped(places, tmp_path):
+@pytest.mark.parametrize(("run", "length"), [(tokens, "epochs"), (noise, "iterations")])
+def test_a_run_goes_on_where_it_was_stopped(places, tmp_path, run, length):
     _, pipeline, target, judge = places[1]
-    whole = tokens(epochs=4)(generator_of(pipeline), target, judge)
+    limit = {"min_probability": 1e-3} if run is noise else {}
+    whole = run(**{length: 4}, **limit)(generator_of(pipeline), target, judge)
     state = tmp_path / "state.safetensors"
-    tokens(epochs=2)(generator_of(pipeline), target, judge, state_file=state)
-    resumed = tokens(epochs=4)(generator_of(pipeline), target, judge, state_file=state, resume=True)
+    run(**{length: 2}, **limit)(generator_of(pipeline), target, judge, state_file=state)
+    resumed = run(**{length: 4}, **limit)(generator_of(pipeline), target, judge, state_file=state, resume=True)
     torch.testing.assert_close(resumed.rewards, whole.rewards)
+
+
+class Watcher(Silent):
+    """Where the pictures are that a run shows."""
+
+    def __init__(self):
+        self.seen = set()
+
+    def on_step(self, event):
+        self.seen.add(event.images.device.type)
+
+
+def test_pictures_of_a_run_wait_in_main_memory(places):
+    """Those of a list of prompts would fill the memory of the device."""
+    _, pipeline, target, judge = places[1]
+    watcher = Watcher()
+    noise(preview_every=1)(generator_of(pipeline), target, judge, observer=watcher)
+    assert watcher.seen == {"cpu"}
+
+
+def test_a_large_noise_is_as_probable(device):
+    z = 1.02 * torch.randn(2, 4, 128, 130, generator=torch.Generator().manual_seed(0))
+    found = []
+    for where in ("cpu", device):
+        own = z.clone().to(where).requires_grad_()
+        r, p = NoiseRegularizer(16, 8).measure(own, 1)
+        r.sum().backward()
+        found.append((r.detach().cpu(), p.cpu(), own.grad.cpu()))
+    assert float(found[0][2].norm()) > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
