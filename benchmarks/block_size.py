@@ -39,7 +39,9 @@ k(n) = the largest power of two with n >= 256 k^2, from 1 to 64 (`ipgo_engine.no
   (n = 16,384), and where k / m > 0.17 a noise of zeros does;
 - local structure (channel offsets, slow waves) gains power with k, and only the identity order sees it: with uniformly
   shuffled orders alone it passes at every k. So the identity is always among the orders, and weighs half in R(z);
-- affine orders have the false alarms of uniform ones and at least their power.
+- affine orders have the false alarms of uniform ones and at least their power;
+- so have affine orders of runs of 64 neighbours where there are many (n >= 65,536): as few false alarms, the power of
+  single values on global faults, more on slow waves and repeated halves, somewhat less on channel offsets at k >= 32.
 """
 
 

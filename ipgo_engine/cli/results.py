@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from ..formats.noise import LEARNED_WITH, write_noise
 from ..loop import spread
 from ..noise import CHANNEL_DIM, NoiseRegularizer
@@ -23,6 +25,7 @@ from .evaluate import Attempts, best_of, images_at_equal_cost, rate, render
 from .folder import RUN_FILE
 from .session import Session
 
+SCORES = "scores.csv"
 IN_GRID = 24  # rows of the before/after picture; more would be a picture nobody can open
 
 
@@ -32,11 +35,16 @@ class Outcome:
 
     name: str
     """The end of its files' names."""
+    first: int
+    """The number of its first row among those of all calls."""
     rows: list[tuple[str, int]]
     prompts: list[str]
     result: Result[Any]
     last_images: Tensor | None
     seconds: float
+    pictures: list[Picture] = field(default_factory=list)
+    shown: bool = False
+    """Whether its pictures are written."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ class Failure:
 class Picture:
     """One prompt and seed: images (3, H, W) and what goes into the table."""
 
+    number: int
     prompt: str
     seed: int
     before: Tensor
@@ -78,20 +87,35 @@ def write_results(session: Session, outcomes: Sequence[Outcome], failures: Seque
     First everything that is known, then, as far as it goes, what has to be rendered and scored for comparison.
     """
     attempts = Attempts()
-    groups = [_pictures(session, outcome, attempts) for outcome in outcomes]
-    pictures = [picture for group in groups for picture in group]
+    for outcome in outcomes:
+        outcome.pictures = outcome.pictures or _pictures(session, outcome, attempts)
+    pictures = [picture for outcome in outcomes for picture in outcome.pictures]
     record = _record(session, outcomes, failures, seconds)
     _write_scores(session, pictures, record)  # numbers first: where the disk is full, they still fit
-    _write_images(session, pictures)
+    for outcome in outcomes:
+        if not outcome.shown:
+            _write_images(session, outcome)
     _write_curves(session, outcomes)
     _write_sheet(session, pictures)
-    for outcome, group in zip(outcomes, groups, strict=True):
-        _score(session, group, attempts)
-        attempts("P(z)", lambda o=outcome, g=group: _probabilities(session, o, g))
-        _compare(session, outcome, group, attempts)
+    for outcome in outcomes:
+        _score(session, outcome.pictures, attempts)
+        attempts("P(z)", lambda o=outcome: _probabilities(session, o))
+        _compare(session, outcome, attempts)
     records = _write_scores(session, pictures, record)
     _write_sheet(session, pictures)
     return plain_table(records + _mean(records))
+
+
+def write_so_far(session: Session, outcomes: Sequence[Outcome]) -> None:
+    """The pictures of the last outcome, and the table of all: a list of prompts takes hours.
+
+    What finds no room here is written, or complained about, by `write_results`.
+    """
+    outcome = outcomes[-1]
+    outcome.pictures = _pictures(session, outcome, Attempts())
+    with suppress(InputError):
+        write_csv(session.folder / SCORES, _records([picture for o in outcomes for picture in o.pictures]))
+        _write_images(session, outcome)
 
 
 def _record(
@@ -121,10 +145,14 @@ def _write_curves(session: Session, outcomes: Sequence[Outcome]) -> None:
 
 def _write_scores(session: Session, pictures: Sequence[Picture], record: dict[str, Any]) -> list[dict[str, Any]]:
     """The files that hold scores: what the table says of every picture."""
-    records = [{"prompt": p.prompt, "seed": p.seed, **p.scores} for p in pictures]
-    write_csv(session.folder / "scores.csv", records)
+    records = _records(pictures)
+    write_csv(session.folder / SCORES, records)
     write_json(session.folder / RUN_FILE, record | {"scores": records})
     return records
+
+
+def _records(pictures: Sequence[Picture]) -> list[dict[str, Any]]:
+    return [{"prompt": p.prompt, "seed": p.seed, **p.scores} for p in pictures]
 
 
 def _history(result: Result[Any]) -> list[dict[str, Any]]:
@@ -162,7 +190,7 @@ def _pictures(session: Session, outcome: Outcome, attempts: Attempts) -> list[Pi
 
     The engine reports a part of the rows when tokens learn from many prompts; the others are rendered.
     """
-    result, rows = outcome.result, outcome.rows
+    result, rows = outcome.result, list(enumerate(outcome.rows, outcome.first))
     if len(result.image) < len(rows):
         drawn: list[Picture] = []
         if attempts("rendering every prompt", lambda: drawn.extend(_rendered(session, outcome))):
@@ -172,8 +200,9 @@ def _pictures(session: Session, outcome: Outcome, attempts: Attempts) -> list[Pi
     # Fewer images than rows are those of one update, whatever rows are shown here.
     last = last.float().cpu() if last is not None and len(last) == len(outcome.rows) else None
     pictures = []
-    for i, (prompt, seed) in enumerate(rows):
-        picture = Picture(prompt, seed, result.start_image[i], result.image[i], None if last is None else last[i])
+    for i, (number, (prompt, seed)) in enumerate(rows):
+        before, best = result.start_image[i], result.image[i]
+        picture = Picture(number, prompt, seed, before, best, None if last is None else last[i])
         raw, best = float(result.start_rewards[i]), float(result.rewards[i])
         picture.scores |= {"raw": raw, "last": None, "best": best, "gain": best - raw}
         pictures.append(picture)
@@ -184,7 +213,7 @@ def _rendered(session: Session, outcome: Outcome) -> list[Picture]:
     prompts, seeds = [p for p, _ in outcome.rows], [s for _, s in outcome.rows]
     before = render(session.generator, prompts, seeds, size=session.size)
     best = render(session.generator, prompts, seeds, tokens=tokens_of(outcome.result), size=session.size)
-    return [Picture(p, s, before[i], best[i]) for i, (p, s) in enumerate(outcome.rows)]
+    return [Picture(outcome.first + i, p, s, before[i], best[i]) for i, (p, s) in enumerate(outcome.rows)]
 
 
 def _score(session: Session, pictures: Sequence[Picture], attempts: Attempts) -> None:
@@ -215,25 +244,25 @@ def _rate(session: Session, reward: Reward, column: str, images: str, pictures: 
         picture.scores[column] = value
 
 
-def _probabilities(session: Session, outcome: Outcome, pictures: Sequence[Picture]) -> None:
+def _probabilities(session: Session, outcome: Outcome) -> None:
     """P(z) of the noise as drawn and of the best, where noise was optimized."""
     if outcome.result.probability is None:
         return
     config: Any = session.loop
-    start = session.generator.draw_noise([p.seed for p in pictures])
+    start = session.generator.draw_noise([p.seed for p in outcome.pictures])
     count = 1 if config.which == "initial" else start.shape[1]
     regularizer = NoiseRegularizer(config.block_size, config.permutations, config.seed)
     raw = regularizer.measure(start[:, :count], CHANNEL_DIM)[1].tolist()
-    for picture, low, high in zip(pictures, raw, outcome.result.probability.tolist(), strict=True):
+    for picture, low, high in zip(outcome.pictures, raw, outcome.result.probability.tolist(), strict=True):
         picture.scores.update({"P(z) raw": low, "P(z)": high})
 
 
-def _compare(session: Session, outcome: Outcome, pictures: Sequence[Picture], attempts: Attempts) -> None:
+def _compare(session: Session, outcome: Outcome, attempts: Attempts) -> None:
     """Tokens on seeds they were not trained with, and the best of N random seeds."""
     tokens, asked = tokens_of(outcome.result), session.arguments.best_of_n
     count = 0 if asked is None else asked or _equal_cost(session, outcome)
     for prompt in outcome.prompts:
-        shown = [picture for picture in pictures if picture.prompt == prompt]
+        shown = [picture for picture in outcome.pictures if picture.prompt == prompt]
         if tokens is not None and session.arguments.fresh_seeds:
             _fill(shown, ("fresh raw", "fresh"), lambda p=prompt: _fresh(session, p, tokens), attempts, "fresh seeds")
         if count:
@@ -272,14 +301,15 @@ def _equal_cost(session: Session, outcome: Outcome) -> int:
     return images_at_equal_cost(session.loop, history, steps, differentiable=differentiable, rows=rows)
 
 
-def _write_images(session: Session, pictures: Sequence[Picture]) -> None:
+def _write_images(session: Session, outcome: Outcome) -> None:
     folder = session.folder / "images"
-    for number, picture in enumerate(pictures, start=1):
-        stem = f"{number:03d}-{slug(picture.prompt)}-seed{picture.seed}"
+    for picture in outcome.pictures:
+        stem = f"{picture.number:03d}-{slug(picture.prompt)}-seed{picture.seed}"
         for name in ("before", "best", "last"):
             image = getattr(picture, name)
             if image is not None:
                 save_image(folder / f"{stem}-{name}.png", image)
+    outcome.shown = True
 
 
 def _write_sheet(session: Session, pictures: Sequence[Picture]) -> None:

@@ -16,7 +16,7 @@ from ..optimize import Result, RunFailedError, optimize_jointly, optimize_noise,
 from ..report import slug
 from .evaluate import describe_error
 from .progress import Progress
-from .results import Failure, Outcome, describe, write_learned, write_results
+from .results import Failure, Outcome, describe, write_learned, write_results, write_so_far
 from .session import Session, prepare
 from .settings import joint_config, noise_config, token_config
 
@@ -37,6 +37,11 @@ class Job:
     def rows(self) -> list[tuple[str, int]]:
         """Every prompt with every seed."""
         return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+
+    @property
+    def first(self) -> int:
+        """The number of the first row among those of all jobs, which are equally large."""
+        return 1 + (self.number - 1) * len(self.rows)
 
 
 def run_train(arguments: argparse.Namespace) -> int:
@@ -93,11 +98,13 @@ def _work(session: Session, method: Method, jobs: list[Job]) -> tuple[list[Outco
         # After Ctrl-C what an earlier run has learned still counts: read from its state, it costs no picture.
         if session.interrupt.requested and not (session.folder.resumed and _state(session, job).exists()):
             continue
+        kept = ""
         try:
             outcome, reason = _one(session, method, job, len(jobs))
             outcomes.append(outcome)
             write_learned(session, outcome)
-            bad_input = False
+            kept, bad_input = "; the best so far is written", False
+            write_so_far(session, outcomes)
         except Cancelled:
             break
         except Exception as error:  # as text: the error itself would keep the model's tensors alive
@@ -105,7 +112,6 @@ def _work(session: Session, method: Method, jobs: list[Job]) -> tuple[list[Outco
         if reason is not None:
             failures.append(Failure(job.prompts, reason, bad_input))
             if len(jobs) > 1 or outcomes:
-                kept = "; the best so far is written" if outcomes and outcomes[-1].name == job.name else ""
                 print(f"ipgo: {_label(session, job, len(jobs))}: {' '.join(reason.split())}{kept}", file=sys.stderr)
     return outcomes, failures
 
@@ -132,7 +138,7 @@ def _one(session: Session, method: Method, job: Job, count: int) -> tuple[Outcom
     finally:
         progress.close()
     last = progress.last_images if reason is None else None
-    return Outcome(job.name, job.rows, job.prompts, result, last, time.perf_counter() - started), reason
+    return Outcome(job.name, job.first, job.rows, job.prompts, result, last, time.perf_counter() - started), reason
 
 
 def _state(session: Session, job: Job) -> Path:

@@ -438,6 +438,8 @@ def test_a_bad_prompt_costs_itself_only(toy: Path, spoiled: Any, reason: str, ca
     assert reason in said
     assert "Traceback" not in said
     assert sorted(path.name for path in (toy / "run").glob("tokens*")) == learned
+    pictures = sorted(path.name for path in (toy / "run/images").glob("*-best.png"))
+    assert pictures == ["001-red-heart-seed0-best.png", "003-black-cat-seed0-best.png"]
     assert [row["prompt"] for row in csv_rows(toy / "run/scores.csv")] == ["red heart", "black cat"]
     found = record(toy / "run")
     assert found["stopped"].startswith("failed: ")
@@ -468,6 +470,8 @@ def test_what_one_job_learned_is_written_before_the_next_begins(toy: Path, monke
     def look(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         if "black cat" in prompts:
             assert (toy / "run/tokens-01-red-heart.safetensors").exists()
+            assert (toy / "run/images/001-red-heart-seed0-best.png").exists()
+            assert [row["prompt"] for row in csv_rows(toy / "run/scores.csv")] == ["red heart"]
         return images.mean((1, 2, 3))
 
     spoil(monkeypatch, look)
