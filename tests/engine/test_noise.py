@@ -392,6 +392,15 @@ def test_the_channels_of_one_place_together_equal_the_reference(shape, offset):
     )
 
 
+def test_a_single_noise_is_measured_like_a_row():
+    """`channel_dim` counts the dimensions of what is given: a noise here, a batch of them there."""
+    z, regularizer = channels(gaussian(1, 4, 16, 16), 0.4), NoiseRegularizer(2, 5)
+    value, probability = regularizer.measure(z[None], CHANNEL_DIM)
+    assert regularizer.log_probability(z, CHANNEL_DIM - 1) == value[0]
+    assert regularizer.probability(z, CHANNEL_DIM - 1) == probability[0]
+    assert regularizer.probability(z) > 100 * probability[0]
+
+
 def test_offsets_of_whole_channels_are_seen_in_a_small_noise():
     """What turned a black cat into an empty page on the demo model (n = 1024) while P(z) stayed at 0.5."""
     z = gaussian(1, 1, 4, 16, 16) + torch.tensor([0.26, -0.43, 0.33, 0.0]).view(4, 1, 1)
