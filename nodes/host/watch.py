@@ -88,8 +88,7 @@ def cancelled_as_comfy_interrupt() -> Iterator[None]:
 
 def final_images(generator: Any, conditioning: Conditioning, noise: Tensor) -> Tensor:
     """Images (B, 3, H, W) on the CPU, made by the user's own MODEL and VAE as stock nodes make them."""
-    with cancelled_as_comfy_interrupt():
-        return render(generator, conditioning, noise)[0].cpu()
+    return render(generator, conditioning, noise)[0].cpu()
 
 
 def release_memory() -> None:
