@@ -80,10 +80,6 @@ def run_sampler(
 
 def taped_sampler(sampler: Any, tape: Tape, stock: dict[str, Any] | None = None) -> Any:
     """The differentiable version of a SAMPLER whose injected noises come from the tape."""
-    if not isinstance(sampler, comfy.samplers.KSAMPLER):
-        raise InputError(
-            f"sampler is a {type(sampler).__name__}, which samples in its own way: use one from KSamplerSelect."
-        )
     inner = rebind(sampler.sampler_function, tape.overrides(stock))
     random_inpaint = sampler.inpaint_options.get("random", False)
 

@@ -30,7 +30,7 @@ from .interrupt import comfy_interrupt_as_cancelled, poll_interrupt
 from .noise import NoisePlan, replay
 from .recomputed import RecomputedModules
 from .refuse import refuse_hooks, refuse_missing, refuse_paged, refuse_unsupported
-from .samplers import refuse_biased, sampler_by_name, sigmas_by_name
+from .samplers import function_name, refuse_biased, sampler_by_name, sigmas_by_name
 from .weights import Aliases, is_quantized, usable
 
 DRAWS_KEPT = 64
@@ -86,7 +86,7 @@ class ComfyGenerator:
         refuse_missing(vae, clip, needs_clip=positive is None or isinstance(negative, str))
         compat.refuse_nested(latent["samples"])
         refuse_unsupported(model)
-        refuse_biased(getattr(sampling.sampler.sampler_function, "__name__", ""))
+        refuse_biased(function_name(sampling.sampler))
         self._aliases, self._modules = Aliases(), RecomputedModules()
         self._networks: list[torch.nn.Module] = []  # all that a sampling computes with
         self.model, self.vae, self.clip, self.sampling, self.seed = model, vae, clip, sampling, seed
@@ -183,7 +183,7 @@ class ComfyGenerator:
         """What a resumed run must have in common with the run it continues."""
         return {
             "model": type(self.model.model).__name__,
-            "sampler": getattr(self.sampling.sampler.sampler_function, "__name__", "sampler"),
+            "sampler": function_name(self.sampling.sampler) or "sampler",
             "sigmas": [float(sigma) for sigma in self.sampling.sigmas],
             "cfg": float(self.sampling.cfg),
             "latent": list(self.latent.shape),

@@ -26,9 +26,8 @@ from ...ipgo_engine.generators.base import Conditioning
 from . import compat, decode
 from .conditioning import from_engine
 from .generator import ComfyGenerator
-from .interrupt import comfy_interrupt_as_cancelled
 from .noise import Call, replay
-from .samplers import accepts_noise_sampler, rebind
+from .samplers import accepts_noise_sampler, function_name, rebind
 from .wrappers import KEY
 
 
@@ -81,10 +80,6 @@ def replaying_sampler(sampler: Any, calls: tuple[Call, ...], injections: list[Te
     return comfy.samplers.KSAMPLER(sample, sampler.extra_options, sampler.inpaint_options)
 
 
-def _name(sampler: Any) -> str:
-    return getattr(sampler.sampler_function, "__name__", "")
-
-
 @dataclass(frozen=True)
 class Baked:
     """OUTER_SAMPLE of a MODEL: other noise, and a sampler that replays. Holds no model: the output outlives the run.
@@ -104,9 +99,9 @@ class Baked:
     ) -> Any:  # fmt: skip
         """What the sampler that is wrapped gives for the optimized noise."""
         check_shape(self.initial, latent)
-        if any(v is not None for v in self.injections) and self.sampler != _name(sampler):
+        if any(v is not None for v in self.injections) and self.sampler != (name := function_name(sampler)):
             raise InputError(
-                f"The optimized noise holds what '{self.sampler}' injects, but the sampler is '{_name(sampler)}': "
+                f"The optimized noise holds what '{self.sampler}' injects, but the sampler is '{name}': "
                 "set the same sampler, scheduler, steps and denoise as in the optimization."
             )
         replaying = replaying_sampler(sampler, self.calls, self.injections)
@@ -141,7 +136,7 @@ class Handover:
     def model(self) -> Any:
         """MODEL that puts the optimized noise into a plain KSampler, whatever its seed."""
         clone = self._generator.model.clone()
-        name = _name(self._generator.sampling.sampler)
+        name = function_name(self._generator.sampling.sampler)
         baked = Baked(self._initial, self._generator.seed, self._injections, self._calls, name)
         clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, baked)
         return clone
@@ -175,7 +170,7 @@ def render(generator: ComfyGenerator, conditioning: Conditioning, noise: Tensor)
     """The final images (B, 3, H, W) in [0, 1] and latents (B, C, h, w): own MODEL and VAE, stock calls."""
     latents: dict[int, Tensor] = {}
     generator.give_weights_back()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), comfy_interrupt_as_cancelled():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for images, positive in from_engine(conditioning):
             handover = Handover(generator, noise[images])
             latent = generator.latent.expand(len(images), *generator.latent.shape[1:])

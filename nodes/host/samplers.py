@@ -30,6 +30,15 @@ NOISE_SOURCES = ("default_noise_sampler", "BrownianTreeNoiseSampler")
 """The names in the k-diffusion module from which stock samplers get the noise they inject."""
 
 
+def function_name(sampler: Any) -> str:
+    """Name of the function of a SAMPLER, which may have none; refused where there is no function."""
+    if not isinstance(sampler, comfy.samplers.KSAMPLER):
+        raise InputError(
+            f"sampler is a {type(sampler).__name__}, which samples in its own way: use one from KSamplerSelect."
+        )
+    return getattr(sampler.sampler_function, "__name__", "")
+
+
 def refuse_biased(name: str) -> None:
     """Refuse, by name and with the reason, a sampler whose gradient is known to be wrong."""
     key = name.removeprefix("sample_")
