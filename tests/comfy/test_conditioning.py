@@ -10,6 +10,7 @@ import torch
 from test_stock import CFG, STEPS, generator_module, make, stock
 
 conditioning_module = host.pack("nodes.host.conditioning")
+handover_module = host.pack("nodes.host.handover")
 errors = host.pack("ipgo_engine.errors")
 tokens_module = host.pack("ipgo_engine.tokens")
 config = host.pack("ipgo_engine.config")
@@ -58,6 +59,46 @@ def test_another_encoder_is_refused_clearly():
         conditioning_module.insert_tokens(tiny.conditioning(1), token(2, width=96), None)
     with pytest.raises(errors.InputError, match="t5xxl_ids"):
         conditioning_module.insert_tokens(tiny.conditioning(1, t5xxl_ids=torch.ones(1, 77)), token(2), None)
+
+
+def test_what_tokens_cannot_go_into_is_refused():
+    without, short = tiny.conditioning(1), tiny.conditioning(1, attention_mask=torch.ones(1, 70))
+    without[0][0] = None
+    with pytest.raises(errors.InputError, match="entry without embeddings"):
+        conditioning_module.insert_tokens(without, token(2), None)
+    with pytest.raises(errors.InputError, match="attention_mask has length 70, the conditioning 77"):
+        conditioning_module.insert_tokens(short, token(2), None)
+    two = [[tiny.conditioning(1)[0][0].repeat(2, 1, 1), {}]]
+    for given in (without, two):
+        with pytest.raises(errors.InputError, match="one prompt per image"):
+            conditioning_module.to_engine([given])
+
+
+def test_tokens_go_into_every_prompt_of_a_batched_conditioning():
+    """As nodes make it that join conditionings."""
+    batch = [[tiny.conditioning(1)[0][0].repeat(2, 1, 1), {}]]
+    ((embeddings, _),) = conditioning_module.insert_tokens(batch, token(3), token(2))
+    assert embeddings.shape == (2, 82, tiny.WIDTH)
+    assert torch.equal(embeddings[0], embeddings[1])
+
+
+def test_changing_the_prompt_itself_needs_a_single_entry():
+    prompt = conditioning_module.to_engine([tiny.conditioning(1) + tiny.conditioning(2)])
+    with pytest.raises(errors.InputError, match="several entries"):
+        conditioning_module.from_engine(prompt.with_embeddings(prompt.embeddings + 1, prompt.mask))
+
+
+def test_only_prompts_that_may_share_a_batch_do():
+    """Control, area and mask are of one image each; pooled outputs and prompts are put together."""
+    one, two = tiny.conditioning(1), tiny.conditioning(2)
+    for different in ({"area": (4, 4, 0, 0)}, {"control": object()}, {"mask": torch.ones(1, 8, 8)}, {"strength": 0.5}):
+        groups = conditioning_module.from_engine(
+            conditioning_module.to_engine([one, tiny.conditioning(2, **different), two])
+        )
+        assert [images for images, _ in groups] == [[0, 2], [1]]
+        ((embeddings, options),) = groups[0][1]
+        assert torch.equal(embeddings, torch.cat([one[0][0], two[0][0]]))
+        assert torch.equal(options["pooled_output"], torch.cat([c[0][1]["pooled_output"] for c in (one, two)]))
 
 
 def engine_tokens():
@@ -133,6 +174,9 @@ def test_prompts_of_different_length_in_one_batch(world):
                 single = tokens.condition(generator.encode([prompt]))
                 alone = generator.generate(single, noise[index : index + 1]).detach()
                 assert float((alone[0] - images[index]).abs().max()) < 1e-5
+            rendered, latents = handover_module.render(generator, together, noise)
+            assert float((rendered - images.cpu()).abs().max()) < 1e-5
+            assert len(latents) == len(prompts)
             rows = together.select([3, 0])
             swapped = generator.generate(rows, noise[[3, 0]]).detach()
             assert float((swapped[0] - images[3]).abs().max()) < 1e-5

@@ -99,6 +99,30 @@ def test_latent_route_is_close_for_deterministic_samplers(world, sampler):
         assert float((decode(vae, out) - image.cpu()).abs().max()) < 1e-5
 
 
+def test_latent_route_keeps_the_picture_that_was_given(world):
+    """At full denoise stock still adds the noise to it."""
+    model, vae, positive, negative = world
+    latent = {"samples": torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(8))}
+    generator = make(world, "euler", latent=latent)
+    with host.node():
+        noise = changed(generator)
+        image, _ = handover_module.render(generator, generator.encode(["a"]), noise)
+        handed = handover_module.Handover(generator, noise).latent()
+        out = comfy_nodes.KSamplerAdvanced().sample(
+            model, "disable", 0, STEPS, CFG, "euler", "normal", positive, negative, handed, 0, 10000, "disable"
+        )[0]
+        assert float((decode(vae, out) - image.cpu()).abs().max()) < 1e-5
+
+
+def test_latent_route_is_refused_for_a_mask_and_for_half_a_denoise(world):
+    samples = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(8))
+    masked = {"samples": samples, "noise_mask": (torch.arange(64) < 32).float().expand(1, 64, 64).clone()}
+    for latent, denoise in ((masked, 1.0), ({"samples": samples}, 0.6)):
+        generator = make(world, "euler", latent=latent, denoise=denoise)
+        with pytest.raises(errors.InputError, match="denoise below 1 or a mask"):
+            handover_module.Handover(generator, changed(generator)).latent()
+
+
 @pytest.mark.parametrize("sampler", STOCHASTIC)
 def test_latent_route_is_refused_where_noise_is_injected(world, sampler):
     generator = make(world, sampler)
@@ -120,6 +144,36 @@ def test_other_settings_are_refused_with_the_reason(world):
             )
         with pytest.raises(errors.InputError, match="batch size"):
             through_ksampler(world, handed, "euler_ancestral", tiny.latent(side=12))
+
+
+def test_noises_of_another_size_or_batch_are_refused_by_every_sampler(world, custom_sampler):
+    """SAMPLER is connected, NOISE is forgotten."""
+    model, _, positive, negative = world
+    generator = make(world, "euler_ancestral")
+    handed = handover_module.Handover(generator, changed(generator))
+    guider = host.run_node(custom_sampler["CFGGuider"], model=model, positive=positive, negative=negative, cfg=CFG)
+    fresh = host.run_node(custom_sampler["RandomNoise"], noise_seed=1)
+    for latent in (tiny.latent(side=12), tiny.latent(batch=2)):
+        with pytest.raises(errors.InputError, match=r"for latents of shape \(1, 4, 8, 8\)"):
+            host.run_node(
+                custom_sampler["SamplerCustomAdvanced"], noise=fresh, guider=guider, sampler=handed.sampler(),
+                sigmas=handed.sigmas(), latent_image=latent,
+            )  # fmt: skip
+
+
+def test_what_is_handed_over_is_a_copy_each_time(world):
+    """Samplers and other packs may write into what they are given."""
+    generator = make(world, "euler")
+    noise = changed(generator)
+    handed, sigma = handover_module.Handover(generator, noise), float(generator.sampling.sigmas[0])
+    first = noise[:, 0].cpu().clone()
+    noise.zero_()
+    for _ in range(2):
+        given = handed.noise().generate_noise(tiny.latent())
+        assert torch.equal(given, first)
+        assert float(handed.sigmas()[0]) == sigma
+        given.zero_()
+        handed.sigmas().zero_()
 
 
 @pytest.mark.parametrize("sampler", ["euler", "euler_ancestral"])
@@ -179,6 +233,7 @@ def test_the_seed_of_the_ksampler_does_not_matter(custom_sampler):
         noise = changed(generator)
         with generator:
             image = generator.generate(generator.encode(["a"]), noise).detach().cpu()
+        assert torch.equal(handover_module.render(generator, generator.encode(["a"]), noise)[0].cpu(), image)
         handed = handover_module.Handover(generator, noise)
         assert torch.equal(through_custom(own, custom_sampler, handed, tiny.latent()), image)
         assert torch.equal(through_ksampler(own, handed, "euler", tiny.latent()), image)
