@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import math
 import re
 import sys
+import types
 from pathlib import Path
 
+import comfy.cli_args
 import comfy.lora
 import comfy.model_management
 import comfy.sd
+import comfy.utils
 import folder_paths
 import host
 import nodes as comfy_nodes
 import pytest
 import torch
 from comfy_api.latest import io
+from PIL import Image
 
 errors = host.pack("ipgo_engine.errors")
 state_format = host.pack("ipgo_engine.formats.state")
@@ -231,6 +236,120 @@ def test_a_missing_matplotlib_is_missed_before_the_run(world, monkeypatch, run):
     with pytest.raises(errors.IPGOError, match=r"pip install -r requirements\.txt"):
         getattr(world, run)("no_curves", reward)
     assert reward.calls == 0
+
+
+def test_a_full_disk_costs_the_file_and_is_said(world, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "next_noise_file", full)
+    outputs = world.noise("full")
+    assert outputs[5].shape == (1, 128, 128, 3)
+    assert "Not kept: [Errno 28] No space left on device" in outputs[-1]
+
+
+def test_pictures_of_a_cancelled_run_hold_the_workflow(world, ours, monkeypatch):
+    """So that they can be dragged into ComfyUI like any other picture it saved."""
+    prompt, extra = {"1": {"class_type": "KSampler"}}, {"workflow": {"nodes": [1]}}
+    hidden = types.SimpleNamespace(unique_id=None, prompt=prompt, extra_pnginfo=extra)
+    monkeypatch.setattr(ours["IPGONoiseOptimize"], "hidden", hidden)
+    for disabled, expected in ((False, [prompt, extra["workflow"]]), (True, [])):
+        monkeypatch.setattr(comfy.cli_args.args, "disable_metadata", disabled)
+        with pytest.raises(Interrupt):
+            world.noise(f"dragged_{disabled}", Brightness(at=2, wrong=cancel))
+        comfy.model_management.interrupt_current_processing(False)
+        with Image.open(Path(folder_paths.get_output_directory()) / "ipgo" / f"dragged_{disabled}_00001.png") as file:
+            assert [json.loads(text) for text in file.text.values()] == expected
+
+
+def test_cancel_that_the_progress_bar_notices_keeps_the_best(world, monkeypatch):
+    """A server's hook raises the interrupt from there."""
+
+    def hook(value, *_, **__):
+        if value == 1:
+            cancel_now()
+
+    monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", hook)
+    with pytest.raises(Interrupt):
+        world.noise("bar", iterations=5)
+    comfy.model_management.interrupt_current_processing(False)
+    assert "bar_00001.png" in written("bar")
+    assert kept("bar")["update"] < 5
+
+
+class Contrast:
+    name, differentiable = "contrast", True
+
+    def __init__(self, name):
+        self.name = name
+
+    def score(self, images, prompts):
+        return images.std((1, 2, 3))
+
+
+def test_held_out_rewards_are_in_the_report(world):
+    held = {"monitor_1": Contrast("first"), "monitor_2": Contrast("second"), "monitor_every": 1}
+    outputs = world.noise("held", iterations=2, **held)
+    before, after = (float(image.movedim(-1, 1).std()) for image in (outputs[6], outputs[5]))
+    for name in ("first", "second"):
+        found = re.search(rf"Held out: {name} (\S+) at the start, (\S+) at the end, best (\S+)\.$", outputs[-1], re.M)
+        start, end, best = map(float, found.groups())
+        assert start == pytest.approx(before, rel=1e-2)
+        assert end == pytest.approx(after, rel=1e-2)
+        assert best >= max(start, end)
+
+
+def test_every_image_of_a_batch_may_have_a_prompt_of_its_own(world):
+    with host.node():
+        two = comfy_nodes.EmptyLatentImage().generate(128, 128, 2)[0]
+    report = world.noise("pair", latent_image=two, prompt="red heart\nblue sky")[-1]
+    assert re.search(r"^red heart .*\nblue sky ", report, re.MULTILINE)
+    with pytest.raises(errors.InputError, match=r"prompt has 3 lines for 2 image\(s\): write one line"):
+        world.noise("pair", latent_image=two, prompt="a\nb\nc")
+    with pytest.raises(errors.InputError, match=r"3 lines for 2 image\(s\) \(batch_size\)"):
+        world.joint("pair", batch_size=2, prompt="a\nb\nc")
+
+
+SHARED = {
+    "backprop_steps": 3, "gradient": "zeroth-order", "perturbations": 5, "perturbation_scale": 0.5,
+    "preview_every": 4, "monitor_every": 6, "patience": 2,
+}  # fmt: skip
+WIDGETS = SHARED | {
+    "save_memory": False, "preset": "released-code", "prefix_length": 3, "suffix_length": 4, "basis_size": 5,
+    "token_scale": 6.0, "epochs": 7, "learning_rate": 0.5, "token_learning_rate": 0.25, "conformity": 8.0,
+    "seed": 2**64 - 1, "images_per_prompt": 2, "prompts_per_step": 2, "iterations": 9, "noise_learning_rate": 0.125,
+    "regularization": 10.0, "which_noise": "initial", "block_size": 11, "permutations": 12,
+    "stop_below_probability": 0.0625,
+}  # fmt: skip
+TOKEN_SHAPE = {"prefix_length": 3, "suffix_length": 4, "basis_size": 5, "scale": 6.0, "wide_basis": True}
+OF_TOKENS = {"epochs": 7, "learning_rate": 0.5, "conformity": 8.0, "seeds": (2**64 - 1, 0), "batch_size": 2}
+OF_NOISE = {
+    "iterations": 9, "learning_rate": 0.125, "regularization": 10.0, "which": "initial", "block_size": 11,
+    "permutations": 12, "min_probability": 0.0625,
+}  # fmt: skip
+
+
+def test_every_widget_reaches_the_engine():
+    train_config, noise_config, joint_config = (
+        getattr(host.pack(f"nodes.{module}"), f"{name}_config")
+        for module, name in (("training", "train"), ("noise", "noise"), ("joint", "joint"))
+    )
+    shared = SHARED | {"checkpoint": False}
+    tokens, noise, joint = train_config(WIDGETS, 3), noise_config(WIDGETS), joint_config(WIDGETS)
+    for config, expected in (
+        (tokens, OF_TOKENS | shared),
+        (tokens.tokens, TOKEN_SHAPE),
+        (noise, OF_NOISE | shared),
+        (joint.noise, OF_NOISE | shared),
+        (joint.tokens, {"learning_rate": 0.25, "conformity": 8.0, "conformity_norm": tokens.conformity_norm}),
+        (joint.tokens.tokens, TOKEN_SHAPE),
+    ):
+        assert {name: getattr(config, name) for name in expected} == expected
+    zeros = dict.fromkeys(("backprop_steps", "patience", "prompts_per_step", "block_size", "stop_below_probability"), 0)
+    unlimited = train_config(WIDGETS | zeros, 3), noise_config(WIDGETS | zeros)
+    assert (unlimited[0].backprop_steps, unlimited[0].patience, unlimited[0].batch_size) == (None, None, None)
+    assert (unlimited[1].block_size, unlimited[1].min_probability) == (None, None)
+    assert train_config(WIDGETS, 1).decay != train_config(WIDGETS, 2).decay  # one prompt and a list learn differently
 
 
 @contextlib.contextmanager
