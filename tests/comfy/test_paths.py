@@ -40,3 +40,13 @@ def test_runs_are_kept_in_the_output_folder():
     file = paths.run_file("cat", ".state")
     assert file.parent.name == "ipgo"
     assert file.name == "cat.state"
+
+
+def test_a_link_does_not_lead_out_of_the_folder(tmp_path):
+    (tmp_path / "inside").mkdir()
+    try:
+        (tmp_path / "inside" / "link").symlink_to(tmp_path)
+    except OSError:
+        pytest.skip("links need rights here")
+    with pytest.raises(errors.InputError, match="leads outside"):
+        paths.contained(tmp_path / "inside", "link/mine", ".safetensors")

@@ -210,9 +210,11 @@ def test_latents_of_sound_and_picture_together_are_refused(world):
 
 def test_hooks_are_refused_with_the_reason(world):
     model, vae, _, negative = world
-    hooked = tiny.conditioning(1, hooks=object())
-    with pytest.raises(errors.InputError, match="hooks"):
+    hooked = tiny.conditioning(1) + tiny.conditioning(3, hooks=object())
+    with pytest.raises(errors.InputError, match="positive carries hooks"):
         make((model, vae, hooked, negative), "euler")
+    with pytest.raises(errors.InputError, match="negative carries hooks"):
+        make((model, vae, negative, hooked), "euler")
 
 
 @pytest.mark.parametrize("cfg", [1.0, 7.5])
@@ -247,6 +249,12 @@ def test_an_image_taken_from_a_batch_has_the_noise_of_its_place(world, sampler):
     expected = stock(world, sampler, latent=latent)
     assert not torch.equal(expected, stock(world, sampler))
     assert torch.equal(ours(make(world, sampler, latent=latent)), expected)
+
+
+def test_pictures_that_differ_are_refused(world):
+    samples = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(8))
+    with pytest.raises(errors.InputError, match="latent holds 2 different images"):
+        make(world, "euler", latent={"samples": samples})
 
 
 def test_masks_that_differ_are_refused(world):

@@ -48,6 +48,20 @@ def test_aliases_share_memory_keep_ties_and_are_taken_back():
     assert module[0].weight is before["0.weight"]
 
 
+PARTS = {"rows": lambda w: w[2:], "columns": lambda w: w[:, 1:3], "turned": lambda w: w.T}
+
+
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_an_alias_of_a_part_is_that_part(part):
+    """Weights of one file may lie in one piece of memory."""
+    with host.node():
+        weight = part(torch.arange(20.0).reshape(5, 4))
+    found = weights.alias(weight)
+    assert weights.is_usable(found)
+    assert torch.equal(found, weight)
+    assert found.data_ptr() == weight.data_ptr()
+
+
 def quantized():
     """The tiny model with every Linear weight in scaled fp8, loaded by core's own mixed-precision layers."""
     plain = tiny.sd15()
@@ -122,6 +136,18 @@ def test_dynamic_vram_without_a_loader_is_refused_with_the_way_out(world):
         compat.ordinary_clone(dynamic(world[0], None), "model")
 
 
+def test_the_gradient_is_computed_on_one_device(world):
+    """Several GPUs compute in threads of their own, which know nothing of our wrappers."""
+    model = world[0].clone()
+    model.set_additional_models("multigpu", [world[0].clone()])
+    model.model_options["multigpu_clones"] = {"another device": None}
+    clone = compat.ordinary_clone(model, "model")
+    assert not clone.get_additional_models_with_key("multigpu")
+    assert "multigpu_clones" not in clone.model_options
+    assert model.get_additional_models_with_key("multigpu")
+    assert "multigpu_clones" in model.model_options
+
+
 def test_streamed_weights_are_refused(world, monkeypatch):
     monkeypatch.setattr(comfy.model_management, "get_cast_buffer", lambda *a: None, raising=False)
     with pytest.raises(errors.InputError, match="streamed"):
@@ -170,6 +196,23 @@ def test_saturated_pixels_keep_their_gradient():
         raw = contrast.first_stage_model.decode(latents) / 2
         (linear,) = torch.autograd.grad(raw.sum(), latents)
     assert relative(ours_, linear) < 1e-5
+
+
+def test_a_vae_that_ends_in_a_curve_has_the_gradient_of_the_curve():
+    """Some formats do not end in (x + 1) / 2."""
+    pixels = torch.tensor([-2.0, -0.3, 0.1, 0.4], requires_grad=True)
+    image = decode.straight_through(lambda x: x.mul_(2).square().clamp(0, 1), pixels)
+    assert torch.equal(image, (2 * pixels).square().clamp(0, 1))
+    (gradient,) = torch.autograd.grad(image.sum(), pixels)
+    torch.testing.assert_close(gradient, torch.tensor([0.0, -2.4, 0.8, 3.2]))
+
+
+def test_only_single_rgb_pictures_come_out_of_a_vae():
+    video = torch.rand(1, 3, 1, 4, 4)
+    assert torch.equal(decode.to_images(video), video[:, :, 0])
+    for shape, reason in (((1, 3, 5, 4, 4), "5 frames"), ((1, 4, 4, 4), "need RGB"), ((1, 3, 4), "need RGB")):
+        with pytest.raises(errors.InputError, match=reason):
+            decode.to_images(torch.rand(shape))
 
 
 def test_decoded_blocks_are_computed_again(world):
