@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -35,12 +36,38 @@ def seed_number(name: str, value: Any) -> int:
     return whole_number(name, value, 0, 2**64 - 1)
 
 
+def seed_numbers(seeds: Any) -> tuple[int, ...]:
+    """Seeds that torch takes; `InputError` for a single number, too."""
+    try:
+        found = tuple(seeds)
+    except TypeError as error:
+        raise InputError(f"seeds is {seeds!r}: give a list of whole numbers.") from error
+    return tuple(seed_number("seeds", seed) for seed in found)
+
+
 def _whole_numbers(config: Any, least: int, *names: str, or_none: bool = False) -> None:
     """Make these settings Python's own integers."""
     for name in names:
         value = getattr(config, name)
         if not (or_none and value is None):
             object.__setattr__(config, name, whole_number(name, value, least))
+
+
+def _is_positive(number: float) -> bool:
+    return 0 < number < math.inf
+
+
+def _number(config: Any, name: str, fits: Callable[[float], bool], rule: str, or_none: bool = False) -> None:
+    """Make this setting Python's own number. What is none becomes NaN, which fits no rule."""
+    value = getattr(config, name)
+    if or_none and value is None:
+        return
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        number = math.nan
+    _require(fits(number), name, value, rule)
+    object.__setattr__(config, name, number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +95,8 @@ class TokenConfig:
         _whole_numbers(self, 1, "basis_size")
         total = self.prefix_length + self.suffix_length
         _require(total > 0, "prefix_length + suffix_length", total, "at least one token must be learned")
-        bound_ok = self.value_bound is None or 0 < self.value_bound < math.inf
-        _require(bound_ok, "value_bound", self.value_bound, "use a positive number, or None for no bound")
-        _require(math.isfinite(self.scale) and self.scale != 0, "scale", self.scale, "use a finite number other than 0")
+        _number(self, "value_bound", _is_positive, "use a positive number, or None for no bound", or_none=True)
+        _number(self, "scale", lambda n: math.isfinite(n) and n != 0, "use a finite number other than 0")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> TokenConfig:
@@ -105,16 +131,14 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", seed_number("seed", self.seed))
-        lr_ok = math.isfinite(self.learning_rate) and self.learning_rate > 0
-        _require(lr_ok, "learning_rate", self.learning_rate, "use a positive number")
-        _require(0 < self.decay <= 1, "decay", self.decay, "use a number above 0 and at most 1")
+        _number(self, "learning_rate", _is_positive, "use a positive number")
+        _number(self, "decay", lambda n: 0 < n <= 1, "use a number above 0 and at most 1")
         _require(self.decay_by in ("epoch", "update"), "decay_by", self.decay_by, "use 'epoch' or 'update'")
-        _require(self.clip_norm >= 0, "clip_norm", self.clip_norm, "use 0 (no clipping) or more")
+        _number(self, "clip_norm", lambda n: n >= 0, "use 0 (no clipping) or more")
         _whole_numbers(self, 1, "decay_every", "perturbations", "monitor_every", "preview_every")
         _whole_numbers(self, 1, "backprop_steps", "micro_batch", "patience", or_none=True)
         _require(self.gradient in GRADIENTS, "gradient", self.gradient, f"use one of {', '.join(GRADIENTS)}")
-        scale_ok = 0 < self.perturbation_scale < math.inf
-        _require(scale_ok, "perturbation_scale", self.perturbation_scale, "use a positive number")
+        _number(self, "perturbation_scale", _is_positive, "use a positive number")
 
     def learning_rate_factor(self, updates: int, updates_per_epoch: int = 1) -> float:
         """What the learning rate is multiplied by after so many updates."""
@@ -141,10 +165,10 @@ class OptimizeConfig(LoopConfig):
         super().__post_init__()
         _whole_numbers(self, 1, "epochs")
         _whole_numbers(self, 1, "batch_size", or_none=True)
-        _require(0 <= self.conformity < math.inf, "conformity", self.conformity, "use 0 or more")
+        _number(self, "conformity", lambda n: 0 <= n < math.inf, "use 0 or more")
         norms = ("l2-squared", "l1-mean")
         _require(self.conformity_norm in norms, "conformity_norm", self.conformity_norm, f"use one of {norms}")
-        object.__setattr__(self, "seeds", tuple(seed_number("seeds", seed) for seed in self.seeds))
+        object.__setattr__(self, "seeds", seed_numbers(self.seeds))
         _require(len(self.seeds) > 0, "seeds", self.seeds, "give at least one seed")
 
     @classmethod
@@ -178,10 +202,10 @@ class NoiseConfig(LoopConfig):
         super().__post_init__()
         _whole_numbers(self, 1, "iterations", "permutations")
         _whole_numbers(self, 1, "block_size", or_none=True)
-        _require(0 <= self.regularization < math.inf, "regularization", self.regularization, "use 0 or more")
+        _number(self, "regularization", lambda n: 0 <= n < math.inf, "use 0 or more")
         _require(self.which in ("initial", "all"), "which", self.which, "use 'initial' or 'all'")
-        limit = self.min_probability
-        _require(limit is None or 0 < limit <= 1, "min_probability", limit, "use a probability above 0, or None")
+        rule = "use a probability above 0, or None"
+        _number(self, "min_probability", lambda n: 0 < n <= 1, rule, or_none=True)
 
 
 @dataclass(frozen=True, kw_only=True)

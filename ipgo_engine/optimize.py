@@ -10,13 +10,13 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from .config import JointConfig, LoopConfig, NoiseConfig, OptimizeConfig, seed_number
+from .config import JointConfig, LoopConfig, NoiseConfig, OptimizeConfig, seed_numbers
 from .errors import IPGOError
 from .events import Observer, Silent, StepEvent
 from .generators.base import Generator
 from .gradients import Task
 from .loop import Loop
-from .problems import JointProblem, NoiseProblem, Problem, TokenProblem, restore
+from .problems import JointProblem, NoiseProblem, Problem, TokenProblem, check_prompts, restore
 from .rewards.base import Reward
 from .tokens import IPGOTokens
 
@@ -195,11 +195,12 @@ def optimize_noise(
     takes: all noises, optimized or not. Everything else is as in `train_tokens`.
     """
     config = config or NoiseConfig()
-    seeds = [seed_number("seeds", seed) for seed in (range(len(prompts)) if seeds is None else seeds)]
+    prompts = check_prompts(prompts)
+    seeds = seed_numbers(range(len(prompts)) if seeds is None else seeds)
     options = RunOptions(observer=observer, monitors=monitors, state_file=state_file, save_every=save_every)
     with torch.inference_mode(False), torch.enable_grad():
         problem = NoiseProblem(generator, prompts, seeds, config)
-        settings = asdict(config) | {"start": seeds}
+        settings = asdict(config) | {"start": list(seeds)}
         loop = _loop(generator, reward, problem, config, config.iterations, options, settings)
         return _run(loop, resume, problem.finished_noise)
 
@@ -223,11 +224,12 @@ def optimize_jointly(
     and their learning rate. Everything else is as in `optimize_noise`.
     """
     config = config or JointConfig()
-    seeds = [seed_number("seeds", seed) for seed in (range(len(prompts)) if seeds is None else seeds)]
+    prompts = check_prompts(prompts)
+    seeds = seed_numbers(range(len(prompts)) if seeds is None else seeds)
     options = RunOptions(observer=observer, monitors=monitors, state_file=state_file, save_every=save_every)
     with torch.inference_mode(False), torch.enable_grad():
         problem = JointProblem(generator, prompts, seeds, config)
-        settings = asdict(config) | {"start": seeds}
+        settings = asdict(config) | {"start": list(seeds)}
         total, rate = config.noise.iterations, config.tokens.learning_rate
         loop = _loop(generator, reward, problem, config.noise, total, options, settings, rate)
 

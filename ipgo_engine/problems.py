@@ -73,7 +73,10 @@ def check_prompts(prompts: Sequence[str]) -> list[str]:
     """The prompts as a list; `InputError` when there are none or one of them is blank."""
     if isinstance(prompts, str):
         raise InputError("prompts is one string: give a list of strings, one per image.")
-    found = list(prompts)
+    try:
+        found = list(prompts)
+    except TypeError as error:
+        raise InputError(f"prompts is {prompts!r}: give a list of strings, one per image.") from error
     if not found:
         raise InputError("prompts is empty: give at least one prompt.")
     for number, prompt in enumerate(found, start=1):

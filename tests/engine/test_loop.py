@@ -504,6 +504,16 @@ def test_whole_numbers_of_numpy_are_settings():
     assert config.seed == 2**64 - 1
 
 
+def test_numbers_of_numpy_and_torch_are_settings(tmp_path):
+    """They go into no JSON: the state was found impossible to write when the run was through."""
+    import numpy as np
+
+    config = dataclasses.replace(NOISE, learning_rate=np.float32(0.5), regularization=torch.tensor(2))
+    assert (config.learning_rate, config.regularization, type(config.learning_rate)) == (0.5, 2.0, float)
+    state = tmp_path / "state.safetensors"
+    assert optimize_noise(ToyGenerator(), ToyReward(), ["a"], config, state_file=state).stopped == "finished"
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_callers_random_numbers_and_modes_are_untouched(method):
     torch.manual_seed(5)
@@ -610,10 +620,17 @@ def test_the_regularizer_keeps_the_noise_probable():
         (lambda: train_tokens(ToyGenerator(), ToyReward(), []), "prompts is empty"),
         (lambda: train_tokens(ToyGenerator(), ToyReward(), ["a", "  "]), "prompt 2"),
         (lambda: train_tokens(ToyGenerator(), ToyReward(), "red heart"), "one string"),
+        (lambda: optimize_noise(ToyGenerator(), ToyReward(), "red heart"), "one string"),
+        (lambda: optimize_noise(ToyGenerator(), ToyReward(), None), "prompts is None"),
+        (lambda: optimize_noise(ToyGenerator(), ToyReward(), ["a"], seeds=3), "seeds is 3: give a list"),
         (lambda: optimize_noise(ToyGenerator(), ToyReward(), ["a"], seeds=[1, 2]), "2 seeds for 1 prompts"),
         (lambda: train_tokens(ToyGenerator(), ToyReward(), ["a"]), "basis_size gives 30"),
         (lambda: NoiseConfig(iterations=0), "iterations is 0"),
         (lambda: NoiseConfig(learning_rate=float("nan")), "learning_rate is nan"),
+        (lambda: NoiseConfig(learning_rate="0.01"), "learning_rate is '0.01': use a positive number"),
+        (lambda: NoiseConfig(regularization=None), "regularization is None"),
+        (lambda: NoiseConfig(min_probability=[0.1]), r"min_probability is \[0.1\]"),
+        (lambda: NoiseConfig(clip_norm="x"), "clip_norm is 'x'"),
         (lambda: NoiseConfig(block_size=1.5), "block_size is 1.5: use a whole number of 1 or more"),
         (lambda: NoiseConfig(regularization=math.inf), "regularization is inf"),
         (lambda: NoiseConfig(perturbation_scale=math.inf), "perturbation_scale is inf"),
@@ -625,6 +642,8 @@ def test_the_regularizer_keeps_the_noise_probable():
         (lambda: OptimizeConfig(seeds=(0, -1)), "seeds is -1: use a whole number from 0 to"),
         (lambda: OptimizeConfig(conformity=math.inf), "conformity is inf"),
         (lambda: OptimizeConfig(seeds=()), "seeds is"),
+        (lambda: OptimizeConfig(seeds=3), "seeds is 3: give a list"),
+        (lambda: OptimizeConfig(decay="fast"), "decay is 'fast'"),
         (lambda: OptimizeConfig.preset("best"), "preset is 'best'"),
         (lambda: TokenConfig(prefix_length=0, suffix_length=0), "at least one token"),
         (
