@@ -157,6 +157,11 @@ class Loop:
             try:
                 return evaluate()
             except Exception as error:
+                if "modified by an inplace operation" in str(error):
+                    raise InputError(
+                        "No gradient: the model, one of its patches, or the reward writes into a tensor that the "
+                        "gradient needs. Leave that patch out, or use gradient zeroth-order."
+                    ) from error
                 if not is_out_of_memory(error):
                     raise
                 reason = error.with_traceback(None)  # the frames in it would keep the tensors alive

@@ -473,6 +473,22 @@ def test_a_point_whose_gradient_is_not_finite_is_not_gone_back_to():
     assert sum("back to the best" in m for m in watcher.messages) == 1
 
 
+def test_what_writes_into_what_the_gradient_needs_is_named():
+    """As tone mapping of latents does in ComfyUI; without a gradient it works."""
+
+    class InPlace(ToyReward):
+        def score(self, images, prompts):
+            squares = images.square()
+            images = images * 1.0
+            product = squares * images
+            images += 1
+            return product.mean((1, 2, 3))
+
+    with pytest.raises(InputError, match=r"writes into a tensor that the gradient needs.*zeroth-order"):
+        run("noise", reward=InPlace())
+    assert run("zeroth-order", reward=InPlace()).stopped == "finished"
+
+
 def test_a_joint_run_ends_when_one_of_its_images_cannot_be_the_best_any_more():
     noise = NoiseConfig(iterations=60, learning_rate=0.1, regularization=0.0, min_probability=0.01, permutations=10)
     result = optimize_jointly(ToyGenerator(), ToyReward(), ["a", "b"], JointConfig(tokens=TOKENS, noise=noise))
