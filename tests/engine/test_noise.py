@@ -354,6 +354,10 @@ def test_too_few_values_are_refused(values, block):
         NoiseRegularizer(block).probability(torch.zeros(values))
 
 
+def test_sixteen_values_are_enough():
+    assert 0 < NoiseRegularizer(1).probability(gaussian(16)) <= 1
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("block", [1, 4])
 def test_noise_that_is_not_finite_is_refused(value, block):
@@ -406,6 +410,14 @@ def test_offsets_of_whole_channels_are_seen_in_a_small_noise():
     z = gaussian(1, 1, 4, 16, 16) + torch.tensor([0.26, -0.43, 0.33, 0.0]).view(4, 1, 1)
     assert NoiseRegularizer().measure(z)[1].item() > 0.01
     assert NoiseRegularizer().measure(z, CHANNEL_DIM)[1].item() < 1e-3
+
+
+def test_a_noise_alone_counts_its_channels_like_a_batch_of_one():
+    z, regularizer = gaussian(1, 4, 16, 16) + torch.tensor([0.3, -0.3, 0.3, -0.3]).view(4, 1, 1), NoiseRegularizer()
+    r, p = regularizer.measure(z[None], CHANNEL_DIM)
+    assert regularizer.log_probability(z, CHANNEL_DIM - 1) == r
+    assert regularizer.probability(z, CHANNEL_DIM - 1) == p
+    assert regularizer.probability(z) > p
 
 
 def test_fresh_noise_passes_with_its_channels_together():

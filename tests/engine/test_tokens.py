@@ -98,11 +98,24 @@ def test_a_fresh_start_obeys_every_constraint():
 
 
 def test_a_fresh_start_fills_the_bounds_and_plain_tokens_are_as_long_as_low_rank_ones():
-    bounded = IPGOTokens(64, TokenConfig(value_bound=0.25))
-    for side in ("prefix", "suffix"):
-        assert 0.2 < np.abs(numpy_side(bounded, side)["coefficients"]).max() <= 0.25
+    for bound, largest in ((0.25, 0.25), (None, 1.0)):
+        tokens = IPGOTokens(64, TokenConfig(value_bound=bound))
+        for side in ("prefix", "suffix"):
+            assert 0.8 * largest < np.abs(numpy_side(tokens, side)["coefficients"]).max() <= largest
     plain, low_rank = (IPGOTokens(64, TokenConfig(low_rank=choice)).norms() for choice in (False, True))
     assert plain == pytest.approx(low_rank, rel=0.25)
+
+
+def test_fresh_angles_are_uniform_on_the_circle():
+    starts = [IPGOTokens(4, TokenConfig(prefix_length=1, basis_size=1), seed=seed) for seed in range(100)]
+    angles = np.concatenate([numpy_side(tokens, "prefix")["angles"].flatten() for tokens in starts])
+    assert ((angles > -math.pi) & (angles <= math.pi)).all()
+    assert angles.std() == pytest.approx(math.pi / math.sqrt(3), rel=0.1)
+
+
+def test_plain_tokens_are_the_parameter_times_the_scale():
+    tokens = make(TokenConfig(prefix_length=3, suffix_length=0, low_rank=False, scale=2.5))
+    np.testing.assert_allclose(tokens.prefix().detach().numpy(), 2.5 * numpy_side(tokens, "prefix")["embedding"])
 
 
 def test_shared_rotations_keep_the_basis_orthonormal():
@@ -344,6 +357,16 @@ def test_switched_off_constraints_stay_off():
     np.testing.assert_array_equal(after["coefficients"], raw["coefficients"])
 
 
+def test_coefficients_of_the_released_code_may_leave_the_bounds():
+    tokens = make(TokenConfig.preset("released-code", prefix_length=2, suffix_length=1, basis_size=3))
+    coefficients = tokens.get_parameter("sides.prefix.coefficients")
+    with torch.no_grad():
+        coefficients *= 3
+    before = coefficients.detach().clone()
+    tokens.project_()
+    assert torch.equal(coefficients, before)
+
+
 def test_constraints_hold_all_along_training():
     tokens = IPGOTokens(DIM, SMALL)
     optimizer = torch.optim.Adam(tokens.parameters(), lr=0.3)
@@ -476,6 +499,8 @@ def rewrite(path: Path, how: str) -> None:
     tensors = load_file(path)
     if how == "a tensor too few":
         del tensors["sides.prefix.basis"]
+    elif how == "no finished tokens":
+        del tensors["tokens.prefix"]
     elif how == "a tensor too small":
         tensors["sides.prefix.basis"] = torch.zeros(DIM, 2)
     elif how == "unknown setting":
@@ -504,8 +529,9 @@ def rewrite(path: Path, how: str) -> None:
 
 DAMAGE = [
     "cut short", "empty", "nonsense", "another safetensors", "a folder", "gone", "a tensor too few",
-    "a tensor too small", "unknown setting", "senseless setting", "settings of the wrong kind", "basis_size is text",
-    "no dim", "odd dim", "not JSON", "not finite", "half a token", "endless", "numbers of eight bits",
+    "no finished tokens", "a tensor too small", "unknown setting", "senseless setting", "settings of the wrong kind",
+    "basis_size is text", "no dim", "odd dim", "not JSON", "not finite", "half a token", "endless",
+    "numbers of eight bits",
 ]  # fmt: skip
 
 
