@@ -25,6 +25,7 @@ from ipgo_engine import (
     optimize_noise,
     train_tokens,
 )
+from ipgo_engine.bayesian import INITIAL
 from ipgo_engine.config import LoopConfig
 from ipgo_engine.formats.state import write_state
 from ipgo_engine.gradients import ESTIMATORS, Task
@@ -752,6 +753,23 @@ def test_bayesian_optimization_refuses_what_it_cannot_search():
         )
     with pytest.raises(InputError, match="for tokens"):
         optimize_noise(ToyGenerator(), ToyReward(), ["a"], NoiseConfig(gradient="bayesian"))
+    pairs = TokenConfig(prefix_length=1, suffix_length=1, basis_size=2)
+    with pytest.raises(InputError, match="leave batch_size empty"):
+        train_tokens(
+            ToyGenerator(), ToyReward(), ["a", "b"], OptimizeConfig(gradient="bayesian", tokens=pairs, batch_size=1)
+        )
+
+
+@pytest.mark.parametrize(("bound", "largest"), [(0.5, 0.5), (2.0, 2.0), (None, 1.0)])
+def test_bayesian_optimization_searches_all_that_the_bound_allows(bound, largest):
+    pytest.importorskip("botorch")
+    tokens = TokenConfig(prefix_length=1, suffix_length=1, basis_size=2, value_bound=bound)
+    problem = TokenProblem(ToyGenerator(), ["a"], OptimizeConfig(gradient="bayesian", tokens=tokens))
+    proposed = []
+    for score in range(INITIAL - 1):
+        problem.proposer.step(float(score))
+        proposed += [side.coefficients.detach().abs().max() for side in problem.tokens.sides.values()]
+    assert 0.8 * largest < max(proposed) <= largest
 
 
 def test_learning_rate_schedules():

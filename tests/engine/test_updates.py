@@ -24,6 +24,7 @@ from ipgo_engine import (
 )
 from ipgo_engine.formats.state import read_state
 from ipgo_engine.noise import CHANNEL_DIM
+from ipgo_engine.problems import JointProblem, NoiseProblem, TokenProblem
 from tests.engine import reference
 from tests.engine.test_loop import NOISE, SMALL, TOKENS, Moody, Watcher, run
 from tests.engine.toys import ToyGenerator, ToyReward
@@ -233,6 +234,32 @@ def test_tokens_of_a_joint_run_obey_the_constraints():
     for side in result.best[0].sides.values():
         np.testing.assert_allclose(side.basis.T @ side.basis, np.eye(SMALL.basis_size), atol=1e-4)
         assert side.coefficients.abs().max() <= 1
+
+
+@pytest.mark.parametrize("method", ["tokens", "joint"])
+def test_tokens_start_as_their_seed_says(method):
+    config = dataclasses.replace(TOKENS, seed=5)
+    if method == "tokens":
+        problem = TokenProblem(ToyGenerator(), ["a"], config)
+    else:
+        problem = JointProblem(ToyGenerator(), ["a"], [0], JointConfig(tokens=config, noise=short(seed=7)))
+    assert torch.equal(problem.tokens.prefix(), IPGOTokens(ToyGenerator.dim, SMALL, seed=5).prefix())
+
+
+def test_every_noise_is_optimized_however_many_a_sampler_draws():
+    class Longer(ToyGenerator):
+        steps, noise_shape = 5, (5, 3, 8, 8)
+
+    result = optimize_noise(Longer(), ToyReward(), ["a"], short(regularization=0.0))
+    moved = (result.best - Longer().draw_noise([0])).flatten(2).abs().amax(-1)
+    assert (moved > 0).all()
+
+
+def test_what_the_stock_sampler_gets_stays_as_it_was_while_the_noise_changes():
+    problem = NoiseProblem(ToyGenerator(), ["a"], [3], short())
+    with torch.no_grad():
+        problem.noise += 1
+    assert torch.equal(problem.start_inputs([0])[1], ToyGenerator().draw_noise([3]))
 
 
 def test_every_epoch_sees_all_prompts_in_an_order_of_its_own():
