@@ -217,6 +217,27 @@ def test_one_improbable_picture_is_enough_for_a_joint_run_not_to_be_the_best():
     assert result.probability.min() >= 0.01
 
 
+def test_every_picture_of_a_batch_is_regularized_as_if_it_were_alone():
+    problem = NoiseProblem(ToyGenerator(), ["a", "b"], [1, 2], short(regularization=3.0))
+    with torch.no_grad():
+        problem.noise *= 1.2
+    alone = [NoiseRegularizer(permutations=2).log_probability(z, CHANNEL_DIM - 1) for z in problem.noise]
+    penalty, probability = problem.regularize([0, 1])
+    assert float(penalty) == pytest.approx(-3 * float(sum(alone)), rel=1e-5)
+    assert min(map(float, -torch.stack(alone))) > 1
+    assert probability.shape == (2,)
+
+
+def test_a_noise_of_very_few_values_can_be_optimized_unregularized():
+    class Tiny(ToyGenerator):
+        noise_shape = (1, 3, 2, 2)
+
+    penalty, probability = NoiseProblem(Tiny(), ["a"], [0], short(regularization=0.0)).regularize([0])
+    assert (float(penalty), probability) == (0, None)
+    with pytest.raises(InputError, match="12 values is too small"):
+        NoiseProblem(Tiny(), ["a"], [0], short()).regularize([0])
+
+
 # -- what is learned --------------------------------------------------------------------------------------------------
 
 
