@@ -358,6 +358,7 @@ def test_an_observer_that_breaks_does_not_lose_the_best():
     with pytest.raises(RunFailedError, match="window closed") as caught:
         run("joint", Broken())
     assert len(caught.value.result.history) == 4
+    assert str(caught.value) == "The run failed at step 3 of 8: window closed"
 
 
 def test_a_full_disk_costs_the_state_file_not_the_run(tmp_path):

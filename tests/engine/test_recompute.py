@@ -127,16 +127,18 @@ def test_a_second_backward_is_the_same() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_an_error_in_the_second_call_comes_out_as_it_is() -> None:
+@pytest.mark.parametrize("error", [KeyError, RuntimeError, torch.cuda.OutOfMemoryError])
+def test_an_error_in_the_second_call_comes_out_as_it_is(error: type[Exception]) -> None:
     calls: list[int] = []
 
     def function(x: Tensor) -> Tensor:
         calls.append(0)
         if len(calls) > 1:
-            raise KeyError("second")
+            raise error("second")
         return x.sin()
 
     x, _ = inputs()
     result = recompute(function, x).sum()
-    with pytest.raises(KeyError, match="second"):
+    with pytest.raises(error, match="second"):
         result.backward()
+    assert len(calls) == 2
