@@ -27,7 +27,7 @@ from ipgo_engine import (
 )
 from ipgo_engine.bayesian import INITIAL
 from ipgo_engine.config import LoopConfig
-from ipgo_engine.formats.state import write_state
+from ipgo_engine.formats.state import read_state, write_state
 from ipgo_engine.gradients import ESTIMATORS, Task
 from ipgo_engine.memory import is_out_of_memory
 from ipgo_engine.problems import NoiseProblem, TokenProblem
@@ -151,6 +151,27 @@ def test_cancelled_and_resumed_equals_uninterrupted(method, stop, tmp_path):
         assert torch.equal(a, b)
     values = [(e.step, e.reward, e.best, e.penalty) for e in whole.history]
     assert [(e.step, e.reward, e.best, e.penalty) for e in second.history] == values
+
+
+@pytest.mark.parametrize("method", ["tokens", "noise", "joint"])
+def test_a_run_that_is_not_to_be_resumed_begins_anew(method, tmp_path):
+    watcher = Watcher()
+    run(method, Watcher(3), state_file=tmp_path / "s")
+    run(method, watcher, state_file=tmp_path / "s")
+    assert [event.step for event in watcher.events] == list(range(9))
+
+
+@pytest.mark.parametrize("method", ["tokens", "noise", "joint"])
+def test_the_state_is_kept_as_often_as_asked(method, tmp_path):
+    kept, file = [], tmp_path / "s"
+
+    class Looking(Watcher):
+        def on_step(self, event):
+            super().on_step(event)
+            kept.append(read_state(file)["update"] if file.exists() else None)
+
+    run(method, Looking(), state_file=file, save_every=3)
+    assert kept == [None, None, None, 3, 3, 3, 6, 6, 6]
 
 
 def test_a_finished_run_can_be_prolonged(tmp_path):
@@ -358,7 +379,7 @@ def test_an_observer_that_breaks_does_not_lose_the_best():
     with pytest.raises(RunFailedError, match="window closed") as caught:
         run("joint", Broken())
     assert len(caught.value.result.history) == 4
-    assert str(caught.value) == "The run failed at step 3 of 8: window closed"
+    assert str(caught.value) == "The run failed at step 4 of 8: window closed"
 
 
 def test_a_full_disk_costs_the_state_file_not_the_run(tmp_path):
