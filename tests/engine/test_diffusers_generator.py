@@ -165,10 +165,11 @@ def test_other_sizes_equal_stock(sdxl: Any, size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_equals_stock(kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m_sde"])  # the second draws float32 all the same
+def test_half_precision_equals_stock(kind: str, dtype: torch.dtype, sampler: str) -> None:
     pipeline = getattr(tiny, kind)().to(dtype)
-    expected = stock(pipeline, ["red dog"], [1], sampler="euler_ancestral")
-    generator = make(pipeline, sampler="euler_ancestral")
+    expected = stock(pipeline, ["red dog"], [1], sampler=sampler)
+    generator = make(pipeline, sampler=sampler)
     found = image(generator, ["red dog"], [1])
     assert torch.equal(found, expected)
     assert found.dtype == generator.draw_noise([1]).dtype == generator.encode(["a"]).embeddings.dtype == torch.float32
@@ -186,6 +187,22 @@ def test_an_sdxl_vae_with_moments_of_its_latents_equals_stock(sdxl: Any) -> None
 def test_a_model_with_the_guidance_scale_as_input_equals_stock() -> None:
     pipeline = tiny.sd(unet_options={"time_cond_proj_dim": 8})
     assert torch.equal(image(make(pipeline), ["a", "b"], [1, 2]), stock(pipeline, ["a", "b"], [1, 2]))
+
+
+def test_karras_steps_follow_their_formula(sd: Any) -> None:
+    """Karras et al. 2022, eq. 5 with rho = 7; without the name the steps lie otherwise."""
+    for name, follows in (("dpmpp_2m_karras", True), ("dpmpp_2m", False)):
+        scheduler = make_scheduler(name, sd.scheduler.config)
+        scheduler.set_timesteps(10)
+        sigmas = scheduler.sigmas[:-1].numpy()
+        expected = numpy.linspace(sigmas[0] ** (1 / 7), sigmas[-1] ** (1 / 7), 10) ** 7
+        assert numpy.allclose(sigmas, expected, rtol=1e-3) is follows
+
+
+def test_a_sampler_is_the_one_named_whatever_the_pipeline_had() -> None:
+    own = diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++", beta_schedule="scaled_linear")
+    assert make_scheduler("dpmpp_2m", own.config).config.algorithm_type == "dpmsolver++"
+    assert make_scheduler("dpmpp_2m_sde", tiny.scheduler().config).config.algorithm_type == "sde-dpmsolver++"
 
 
 @pytest.mark.parametrize("last", [True, False])
