@@ -115,14 +115,14 @@ class Sampler:
         rows = iter(injected.unbind(1))
         used = iter(self._draws)
 
-        def replay(shape: Sequence[int], dtype: torch.dtype | None) -> Tensor:
+        def replay(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
             kept = next(used)[1]
             noise = next(rows) if kept else torch.zeros(tuple(shape), device=self._device)
-            return noise.to(dtype or self._dtype)
+            return noise.to(dtype)
 
         return self._start(replay)
 
-    def _start(self, draw: Callable[[Sequence[int], torch.dtype | None], Tensor]) -> SamplerRun:
+    def _start(self, draw: Callable[[Sequence[int], torch.dtype], Tensor]) -> SamplerRun:
         # A copy per run: no state survives, and a scheduler that keeps past outputs frees their graph with the run.
         scheduler = copy.deepcopy(self._template)
         if self._lms is not None:
@@ -134,8 +134,8 @@ class Sampler:
         draws: list[tuple[torch.dtype, bool]] = []
         drawn: list[Tensor] = []
 
-        def record(shape: Sequence[int], dtype: torch.dtype | None) -> Tensor:
-            drawn.append(torch.zeros(tuple(shape), dtype=dtype or self._dtype, device=self._device, requires_grad=True))
+        def record(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+            drawn.append(torch.zeros(tuple(shape), dtype=dtype, device=self._device, requires_grad=True))
             return drawn[-1]
 
         with torch.inference_mode(False), torch.enable_grad():
@@ -159,7 +159,7 @@ class SamplerRun:
     """One pass over the steps. Its scheduler draws from the given source, never from a random generator."""
 
     def __init__(
-        self, scheduler: Any, draw: Callable[[Sequence[int], torch.dtype | None], Tensor], options: dict[str, Any]
+        self, scheduler: Any, draw: Callable[[Sequence[int], torch.dtype], Tensor], options: dict[str, Any]
     ) -> None:
         self._scheduler, self._options = scheduler, options
         self._step = _redirect(inspect.unwrap(type(scheduler).step), draw)
@@ -178,14 +178,14 @@ class SamplerRun:
         return self._step(self._scheduler, output, timestep, latents, **self._options)[0]
 
 
-def _redirect(step: Any, draw: Callable[[Sequence[int], torch.dtype | None], Tensor]) -> Callable[..., Any]:
+def _redirect(step: Any, draw: Callable[[Sequence[int], torch.dtype], Tensor]) -> Callable[..., Any]:
     """The scheduler's own `step`, with its own `randn_tensor`.
 
     The function gets a private copy of its module's names. Patching the module instead would reach every other pipeline
     of the process, and would need undoing.
     """
 
-    def randn_tensor(shape: Sequence[int], *_: Any, dtype: torch.dtype | None = None, **__: Any) -> Tensor:
+    def randn_tensor(shape: Sequence[int], *_: Any, dtype: torch.dtype, **__: Any) -> Tensor:
         return draw(shape, dtype)
 
     names = {**step.__globals__, "randn_tensor": randn_tensor}
