@@ -176,6 +176,15 @@ def test_half_precision_equals_stock(kind: str, dtype: torch.dtype, sampler: str
     assert pipeline.vae.dtype == dtype
 
 
+def test_an_sdxl_vae_that_stays_in_half_precision_equals_stock() -> None:
+    pipeline = tiny.sdxl().to(torch.float16)
+    upcast = image(make(pipeline), ["red dog"], [1])
+    pipeline.vae.register_to_config(force_upcast=False)
+    expected = stock(pipeline, ["red dog"], [1])
+    assert torch.equal(image(make(pipeline), ["red dog"], [1]), expected)
+    assert not torch.equal(upcast, expected)
+
+
 def test_an_sdxl_vae_with_moments_of_its_latents_equals_stock(sdxl: Any) -> None:
     pipeline = copy.deepcopy(sdxl)
     pipeline.vae.register_to_config(latents_mean=[-1.6, 0.4, 2.0, -0.7], latents_std=[8.4, 5.9, 3.0, 5.2])
@@ -187,6 +196,15 @@ def test_an_sdxl_vae_with_moments_of_its_latents_equals_stock(sdxl: Any) -> None
 def test_a_model_with_the_guidance_scale_as_input_equals_stock() -> None:
     pipeline = tiny.sd(unet_options={"time_cond_proj_dim": 8})
     assert torch.equal(image(make(pipeline), ["a", "b"], [1, 2]), stock(pipeline, ["a", "b"], [1, 2]))
+
+
+def test_a_textual_inversion_of_several_vectors_equals_stock() -> None:
+    pipeline = tiny.sd()
+    plain = image(make(pipeline), ["a <heart>"], [1])
+    pipeline.load_textual_inversion(5 * rand(3, 16, seed=1), token="<heart>")
+    expected = stock(pipeline, ["a <heart>"], [1])
+    assert torch.equal(image(make(pipeline), ["a <heart>"], [1]), expected)
+    assert not torch.allclose(plain, expected, atol=0.01)
 
 
 def test_karras_steps_follow_their_formula(sd: Any) -> None:
