@@ -18,12 +18,15 @@ import pytest
 import torch
 from PIL import Image
 
-from ipgo_engine import IPGOTokens, OptimizeConfig, TokenConfig, cli, train_tokens
-from ipgo_engine.cli import demo, models
+from ipgo_engine import IPGOTokens, OptimizeConfig, TokenConfig, cli, loop, train_tokens
+from ipgo_engine.cli import arguments, demo, evaluate, models, results, settings
 from ipgo_engine.cli.evaluate import images_at_equal_cost
 from ipgo_engine.cli.inputs import gather_prompts, parse_seeds, parse_size, read_prompts
+from ipgo_engine.config import NoiseConfig
 from ipgo_engine.errors import Cancelled, InputError, NonFiniteError
 from ipgo_engine.formats.noise import read_noise, write_noise
+from ipgo_engine.noise import CHANNEL_DIM, NoiseRegularizer
+from ipgo_engine.optimize import optimize_noise
 from ipgo_engine.rewards import load
 from tests.engine.toys import ToyGenerator, ToyReward
 
@@ -213,9 +216,11 @@ def test_a_results_folder_holds_everything(toy: Path, command: list[str], capsys
     assert found["prompts"] == ["red heart", odd]
     assert found["seconds"] > 0
     assert len(found["runs"][0]["history"]) == 4
+    assert "images" not in found["runs"][0]["history"][0]
     assert found["generator"]["sampler"] == "ddim"
     assert found["device"] == "cpu"
     assert any(key.startswith("best of ") for key in found["scores"][0])
+    assert "best of 1" not in found["scores"][0]
     table = capsys.readouterr().out
     assert "red heart" in table
     assert "mean of 4" in table
@@ -348,9 +353,15 @@ def test_many_prompts_all_get_pictures(toy: Path):
     """The engine reports 16 validation rows of a batch run; the folder has all."""
     (toy / "p.txt").write_text("\n".join(f"prompt {i}" for i in range(20)))
     command = ["train", "--prompts-file", "p.txt", "--mode", "batch", "--reward", "brightness", "--epochs", "1"]
-    assert cli.main([*command, *SMALL_TOKENS, "--out", "run", "--fresh-seeds", "0"]) == 0
-    assert len(csv_rows(toy / "run/scores.csv")) == 20
-    assert len(list((toy / "run/images").glob("*-best.png"))) == 20
+    options = ["--learning-rate", "3", "--fresh-seeds", "0", "--out", "run"]
+    assert cli.main([*command, *SMALL_TOKENS, *options]) == 0
+    rows, generator = csv_rows(toy / "run/scores.csv"), ToyGenerator()
+    tokens = IPGOTokens.load(toy / "run/tokens.safetensors")
+    assert len(rows) == len(list((toy / "run/images").glob("*-best.png"))) == 20
+    conditioning = tokens.condition(generator.encode([row["prompt"] for row in rows]))
+    images = generator.generate(conditioning, generator.draw_noise([0] * 20)).detach()
+    assert [float(row["best"]) for row in rows] == pytest.approx(images.mean((1, 2, 3)).tolist(), abs=1e-5)
+    assert all(abs(float(row["best"]) - float(row["raw"])) > 1e-3 for row in rows)
 
 
 def test_sheets_of_many_pictures_can_be_opened(toy: Path):
@@ -383,6 +394,104 @@ def test_settings_reach_the_engine(toy: Path):
     assert "contrast best" in found["scores"][0]
 
 
+def a_value(option: Any, default: Any) -> tuple[list[str], Any]:
+    """Something to type for an option, and what it means, unlike its default."""
+    if option.kind is bool:
+        return [], not default
+    if option.choices:
+        (value, *_) = [choice for choice in option.choices if choice != default]
+        return [value], value
+    return (["7"], 7) if option.kind in (int, settings._method_seed) else (["0.5"], 0.5)
+
+
+def test_every_option_reaches_the_engine():
+    tables: list[tuple[str, Callable[[Any], Any], dict[str, Any], Callable[[Any], Any]]] = [
+        ("train", settings.token_config, settings.LOOP | settings.TRAIN, lambda config: config),
+        ("train", settings.token_config, settings.TOKENS, lambda config: config.tokens),
+        ("noise", settings.noise_config, settings.LOOP | settings.NOISE, lambda config: config),
+        ("joint", settings.joint_config, settings.LOOP | settings.NOISE, lambda config: config.noise),
+        ("joint", settings.joint_config, settings.JOINT_TOKENS, lambda config: config.tokens),
+        ("joint", settings.joint_config, settings.TOKENS, lambda config: config.tokens.tokens),
+    ]
+    for command, make, options, part in tables:
+        for field, option in options.items():
+            default = getattr(part(make(arguments.parse([command, "a"]))), field)
+            typed, value = a_value(option, default)
+            flag = option.flag or "--" + field.replace("_", "-")
+            flag = flag if typed or value else flag.replace("--", "--no-", 1)
+            assert getattr(part(make(arguments.parse([command, "a", flag, *typed]))), field) == value != default, flag
+            if option.none:
+                found = getattr(part(make(arguments.parse([command, "a", flag, option.none]))), field)
+                assert found is None, flag
+    for command, make in (("train", settings.token_config), ("joint", settings.joint_config)):
+        config = make(arguments.parse([command, "a", "--preset", "released-code", "--seeds", "4-6"]))
+        tokens = config if command == "train" else config.tokens
+        assert (tokens.conformity_norm, tokens.tokens.wide_basis, tokens.seeds) == ("l1-mean", True, (4, 5, 6))
+    batch = settings.token_config(arguments.parse(["train", "a", "--mode", "batch"]))
+    assert (batch.epochs, batch.batch_size, batch.decay, batch.micro_batch) == (20, 4, 1.0, 4)
+
+
+def pixels(path: Path) -> torch.Tensor:
+    """A picture file as (1, 3, H, W) in [0, 1]."""
+    with Image.open(path) as picture:
+        flat = torch.tensor(list(picture.convert("RGB").tobytes()))
+        return flat.reshape(1, picture.height, picture.width, 3).movedim(-1, 1) / 255
+
+
+@pytest.mark.parametrize("command", [TRAIN, NOISE], ids=["train", "noise"])
+def test_scores_in_the_table_are_those_of_the_pictures_beside_it(toy: Path, command: list[str]):
+    options = ["--learning-rate", "3", "--seeds", "0,4", "--monitor", "contrast", "--out", "run"]
+    assert cli.main([*command, "black cat", *options]) == 0
+    rewards, pictures = {"": load("brightness"), "contrast ": load("contrast")}, {"raw": "before"}
+    for number, row in enumerate(csv_rows(toy / "run/scores.csv"), start=1):
+        for column in ("raw", "last", "best", "contrast raw", "contrast best"):
+            which = column.split()[-1]
+            name = f"{number:03d}-*-seed{row['seed']}-{pictures.get(which, which)}.png"
+            (path,) = (toy / "run/images").glob(name)
+            score = float(rewards[column.removesuffix(which)].score(pixels(path), [""]))
+            assert float(row[column]) == pytest.approx(score, abs=5e-4), column
+        assert "brightness raw" not in row  # the column `raw` says it
+        assert not any(column.startswith("best of") for column in row)  # nobody asked for it
+    rows = csv_rows(toy / "run/scores.csv")
+    assert any(float(row["best"]) > max(float(row["raw"]), float(row["last"])) + 1e-3 for row in rows)
+
+
+def test_tokens_are_compared_on_fresh_seeds_and_with_the_best_of_others(toy: Path):
+    options = ["--seeds", "0,4", "--fresh-seeds", "2", "--best-of-n", "6", "--out", "run"]
+    assert cli.main([*TRAIN, "black cat", "--learning-rate", "3", *options]) == 0
+    generator = ToyGenerator()
+    for row in csv_rows(toy / "run/scores.csv"):
+        (path,) = (toy / "run").glob(f"tokens-*-{row['prompt'].replace(' ', '-')}.safetensors")
+        prompt, tokens = generator.encode([row["prompt"]] * 2), IPGOTokens.load(path)
+        fresh = generator.draw_noise([5, 6])  # those after the seeds of the run
+        for column, conditioning in (("fresh raw", prompt), ("fresh", tokens.condition(prompt))):
+            images = generator.generate(conditioning, fresh).detach()
+            assert float(row[column]) == pytest.approx(float(images.mean()), abs=1e-5), column
+        others = [evaluate.FIRST_OF_N + i for i in range(6)]
+        images = generator.generate(generator.encode([row["prompt"]] * 6), generator.draw_noise(others))
+        assert float(row["best of 6"]) == pytest.approx(float(images.mean((1, 2, 3)).max()), abs=1e-5)
+    assert evaluate.FIRST_OF_N > 100_000  # no seed that anybody types
+
+
+def test_probabilities_are_those_of_the_noise_that_was_optimized(toy: Path):
+    options = ["--which", "initial", "--permutations", "7", "--method-seed", "5", "--learning-rate", "0.3"]
+    assert cli.main([*NOISE, *options, "--seeds", "0,4", "--out", "run"]) == 0
+    measure = NoiseRegularizer(None, 7, 5).measure
+    raw, best = ToyGenerator().draw_noise([0, 4]), read_noise(toy / "run/noise.safetensors")[0]
+    for column, noise in (("P(z) raw", raw), ("P(z)", best)):
+        found = [float(row[column]) for row in csv_rows(toy / "run/scores.csv")]
+        assert found == pytest.approx(measure(noise[:, :1], CHANNEL_DIM)[1].tolist(), rel=1e-4), column
+    assert read_noise(toy / "run/noise.safetensors")[1]["seeds"] == [0, 4]
+
+
+def test_why_a_run_ended_early_is_recorded(toy: Path):
+    early = ["--monitor", "contrast", "--monitor-every", "1", "--patience", "1", "--iterations", "500"]
+    assert cli.main([*NOISE, *early, "--learning-rate", "0.3", "--out", "run"]) == 0
+    found = record(toy / "run")
+    assert found["stopped"] == found["runs"][0]["stopped"] != "finished"
+    assert len(found["runs"][0]["history"]) < 500
+
+
 def test_black_box_reward(toy: Path):
     assert cli.main(["noise", "a", "--reward", "jpeg", "--iterations", "2", "--perturbations", "2"]) == 0
     assert cli.main(["noise", "a", "--reward", "jpeg", "--iterations", "1", "--gradient", "zeroth-order"]) == 0
@@ -404,6 +513,44 @@ def test_best_of_n_costs_what_the_run_cost(count: int, batch: int | None):
     result = train_tokens(generator, ToyReward(), [f"cat {i}" for i in range(count)], config)
     cost = images_at_equal_cost(config, result.history, generator.steps, rows=count)
     assert cost == pytest.approx(evaluations[0] / generator.steps / count, abs=1)
+
+
+COSTS = [
+    (NoiseConfig(iterations=20, permutations=5), True),
+    (NoiseConfig(iterations=20, permutations=5, checkpoint=False, backprop_steps=2), True),
+    (NoiseConfig(iterations=20, permutations=5, perturbations=3), False),
+    (NoiseConfig(iterations=20, permutations=5, gradient="zeroth-order", perturbations=3), False),
+    (NoiseConfig(iterations=20, permutations=5, gradient="hybrid-image", perturbations=3), False),
+    (OptimizeConfig(epochs=20, backprop_steps=7, tokens=TokenConfig(basis_size=4)), True),
+]
+
+
+@pytest.mark.parametrize(("config", "differentiable"), COSTS)
+def test_best_of_n_costs_what_any_gradient_costs(config: Any, differentiable: bool):
+    """Forward passes, recomputed ones included, are counted as they come; a backward through a step counts as two."""
+    generator, evaluations = ToyGenerator(), [0]
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+            return values.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+            evaluations[0] += 2
+            return grads[0]
+
+    model = generator._model
+
+    def counting(x: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+        evaluations[0] += len(x)
+        return Backward.apply(model(x, embeddings))  # type: ignore[return-value]
+
+    generator._model = counting  # type: ignore[method-assign]
+    method = optimize_noise if isinstance(config, NoiseConfig) else train_tokens
+    result: Any = method(generator, ToyReward(differentiable), ["cat"], config)
+    cost = images_at_equal_cost(config, result.history, generator.steps, differentiable=differentiable)
+    assert cost == pytest.approx(evaluations[0] / generator.steps, abs=1)
 
 
 # -- what breaks ------------------------------------------------------------------------------------------------------
@@ -483,13 +630,15 @@ def breaks(*_: Any, **__: Any) -> Any:
 
 
 def test_a_comparison_that_breaks_costs_its_cells_only(toy: Path, monkeypatch, capsys):
+    tried = []
     monkeypatch.setattr("ipgo_engine.cli.results.rate", breaks)
-    monkeypatch.setattr("ipgo_engine.cli.results.best_of", breaks)
+    monkeypatch.setattr("ipgo_engine.cli.results.best_of", lambda *_: tried.append(1) or breaks())
     command = [*TRAIN, "black cat", "--monitor", "contrast", "--best-of-n", "3", "--out", "run"]
     assert cli.main(command) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("ipgo:")]
     assert len(said) == 1
     assert "does not answer" in said[0]
+    assert len(tried) == 1  # not again for the second prompt
     for row in csv_rows(toy / "run/scores.csv"):
         assert float(row["gain"]) == float(row["best"]) - float(row["raw"])
         assert [row[name] for name in ("last", "contrast best", "fresh", "best of 3")] == [""] * 4
@@ -507,6 +656,21 @@ def test_numbers_are_written_where_pictures_have_no_room(toy: Path, monkeypatch:
     assert cli.main([*TRAIN, "black cat", "--out", "run"]) == 1
     assert [float(row["best"]) > 0 for row in csv_rows(toy / "run/scores.csv")] == [True, True]
     assert record(toy / "run")["stopped"] == "finished"
+
+
+def test_groups_of_pictures_keep_their_prompts_seeds_and_noises():
+    class OfThePrompt(ToyReward):
+        def score(self, images: torch.Tensor, prompts: Any) -> torch.Tensor:
+            return images.mean((1, 2, 3)) + torch.tensor([float(prompt.split()[-1]) for prompt in prompts])
+
+    generator = ToyGenerator()
+    prompts, seeds, reward = [f"cat {i}" for i in range(10)], list(range(10, 20)), OfThePrompt()
+    noise = generator.draw_noise(seeds)
+    whole = generator.generate(generator.encode(prompts), noise)
+    torch.testing.assert_close(evaluate.render(generator, prompts, seeds, size=4), whole)
+    torch.testing.assert_close(evaluate.render(generator, prompts, [0] * 10, noise=noise, size=4), whole)
+    found = evaluate.rate(reward, whole, prompts, generator.device)
+    assert found == pytest.approx(reward.score(whole, prompts).tolist())
 
 
 def test_pictures_are_made_one_at_a_time_when_memory_runs_out(toy: Path, monkeypatch: pytest.MonkeyPatch):
@@ -527,6 +691,18 @@ def test_pictures_are_made_one_at_a_time_when_memory_runs_out(toy: Path, monkeyp
     assert len(list((toy / "run/images").glob("*-best.png"))) == 20
     assert all(float(row["best"]) for row in csv_rows(toy / "run/scores.csv"))
     assert sizes[-42:] == [4, *[1] * 20] * 2  # before and after
+
+
+def test_a_picture_that_alone_is_too_large_is_said_in_one_line(toy: Path, monkeypatch, capsys):
+    def too_large(*_: Any, **__: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ToyGenerator, "generate", too_large)
+    assert cli.main(["generate", "a", "b", "--out", "run"]) == 1
+    said = capsys.readouterr().err
+    assert "Out of memory with one picture at a time: use a smaller picture" in said
+    assert len(said.strip().splitlines()) == 1
+    assert not (toy / "run").exists()
 
 
 # -- stopping and going on --------------------------------------------------------------------------------------------
@@ -562,7 +738,9 @@ def test_interrupted_and_resumed_equals_uninterrupted(
         assert cli.main([*command, "--out", "parts"]) == 130
     assert record(toy / "parts")["stopped"] == "cancelled"
     assert Image.open(toy / "parts/before-after.png")
-    assert "Ctrl-C again" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Ctrl-C again" in said
+    assert "broke down" not in said
     assert cli.main([*command, "--out", "parts", "--resume"]) == 0
     assert csv_rows(toy / "parts/scores.csv") == csv_rows(toy / "whole/scores.csv")
     for path in sorted((toy / "whole/images").iterdir()):
@@ -582,8 +760,31 @@ def test_pictures_of_one_update_are_not_taken_for_those_of_other_rows(toy: Path,
     command = ["train", *prompts, "--mode", "batch", "--reward", "brightness", "--epochs", "40", "--seeds", "0-3"]
     assert cli.main([*command, *SMALL_TOKENS, "--micro-batch", "16", "--out", "run"]) == 130
     rows = csv_rows(toy / "run/scores.csv")
-    assert len(rows) == 16
+    assert [(row["prompt"], row["seed"]) for row in rows] == [
+        (prompts[row // 4], str(row % 4)) for row in loop.spread(20, 16)
+    ]
     assert {row["last"] for row in rows} == {""}
+    for number, row in enumerate(rows, start=1):  # the picture is that of the prompt and the seed beside it
+        (path,) = (toy / "run/images").glob(f"{number:03d}-*-before.png")
+        generator = ToyGenerator()
+        image = generator.generate(generator.encode([row["prompt"]]), generator.draw_noise([int(row["seed"])]))
+        assert torch.allclose(pixels(path), image, atol=3e-3)
+
+
+def test_ctrl_c_between_two_prompts_is_recorded(toy: Path, monkeypatch: pytest.MonkeyPatch):
+    def then_press(session: Any, outcome: Any) -> None:
+        results.write_learned(session, outcome)
+        session.interrupt.requested = True
+
+    command = [*TRAIN, "black cat", "--out", "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr("ipgo_engine.cli.runs.write_learned", then_press)
+        assert cli.main(command) == 130
+    assert record(toy / "run")["stopped"] == "cancelled"
+    assert [row["prompt"] for row in csv_rows(toy / "run/scores.csv")] == ["red heart"]
+    assert cli.main([*command, "--resume"]) == 0
+    assert record(toy / "run")["stopped"] == "finished"
+    assert len(csv_rows(toy / "run/scores.csv")) == 2
 
 
 def test_an_interrupted_run_names_its_files_like_a_whole_one(toy: Path, monkeypatch: pytest.MonkeyPatch):
