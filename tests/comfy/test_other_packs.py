@@ -74,6 +74,19 @@ def test_a_sampler_of_another_pack_equals_stock_and_its_noises_are_optimized(wor
         assert torch.equal(through_ksampler(world, handed, "other", tiny.latent()), image)
 
 
+def test_options_of_a_sampler_are_kept(world, monkeypatch):
+    """In a SAMPLER that is handed over, too."""
+    install(monkeypatch, None)
+    sampler = comfy.samplers.KSAMPLER(k_diffusion.sample_euler_ancestral, {"eta": 0.5})
+    monkeypatch.setattr(comfy.samplers, "sampler_object", lambda name: sampler)
+    expected = stock(world, "other")
+    generator = make(world, "other")
+    assert torch.equal(ours(generator), expected)
+    with host.node():
+        handed = handover_module.Handover(generator, generator.draw_noise([7]))
+        assert torch.equal(through_ksampler(world, handed, "other", tiny.latent()), expected)
+
+
 def test_noise_that_is_multiplied_by_zero_is_not_optimized(world, monkeypatch):
     install(monkeypatch, functools.partial(k_diffusion.sample_euler_ancestral, s_noise=0.0))
     generator = make(world, "other")

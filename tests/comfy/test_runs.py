@@ -310,6 +310,11 @@ def test_every_image_of_a_batch_may_have_a_prompt_of_its_own(world):
         world.joint("pair", batch_size=2, prompt="a\nb\nc")
 
 
+def test_pictures_may_be_wider_than_high(world):
+    for run, images in ((world.tokens, 1), (world.joint, 8)):
+        assert run("wide", width=128, height=64)[images].shape == (1, 64, 128, 3)
+
+
 SHARED = {
     "backprop_steps": 3, "gradient": "zeroth-order", "perturbations": 5, "perturbation_scale": 0.5,
     "preview_every": 4, "monitor_every": 6, "patience": 2,

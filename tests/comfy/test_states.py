@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import importlib.util
+import inspect
 import os
 import types
 
 import comfy.model_base
 import comfy.model_management
+import comfy.sample
 import comfy.samplers
 import comfy.sd
 import host
@@ -162,12 +165,54 @@ def test_patches_by_other_nodes_are_respected(world, extras, name):
     assert all(bool(g.isfinite().all()) for g in recomputed)
 
 
-def test_caches_are_refused_by_name(world, extras):
-    if "EasyCache" not in extras:
-        pytest.skip("this ComfyUI has no EasyCache")
+def test_a_patch_that_writes_in_place(world):
+    """What autograd saved is destroyed: such a model is computed again, whatever was asked for."""
+
+    def patch(out, extra_options):
+        grown = out.exp()
+        more = grown * grown
+        grown.add_(1.0)
+        return out + 0.01 * more
+
+    model = world[0].clone()
+    model.set_model_attn2_output_patch(patch)
+    generator = make(world, "euler", model=model)
+    assert torch.equal(ours(generator, checkpoint=False), stock(world, "euler", model=model))
+    _, recomputed = our_gradients(generator)
+    _, stored = our_gradients(generator, checkpoint=False)
+    for got, want in zip(stored, recomputed, strict=True):
+        assert torch.equal(got, want)
+
+
+def test_sampling_that_a_node_patched_counts_before_the_model_is_loaded(extras):
+    with host.node():
+        own = tiny.sd15(), tiny.vae(), tiny.conditioning(1), tiny.conditioning(2)
+    model = host.run_node(extras["ModelSamplingSD3"], model=own[0], shift=3.0)
+    image = ours(make(own, "dpmpp_2m_sde", model=model))
+    assert torch.equal(image, stock(own, "dpmpp_2m_sde", model=model))
+
+
+def test_an_empty_latent_gets_the_scale_of_the_model(world):
+    """Newer releases know models with 16 pixels per latent; Empty Latent Image makes 8."""
+    if "downscale_ratio_spacial" not in inspect.signature(comfy.sample.fix_empty_latent_channels).parameters:
+        pytest.skip("this ComfyUI does not scale empty latents")
+    model = world[0].clone()
+    coarse = copy.copy(model.get_model_object("latent_format"))
+    coarse.spacial_downscale_ratio = 16
+    model.add_object_patch("latent_format", coarse)
+    with host.node():
+        stock_latent = comfy_nodes.EmptyLatentImage().generate(128, 64, 1)[0]
+    for latent in (stock_latent, host.pack("nodes.host.choices").empty_latent(128, 64)):
+        assert make(world, "euler", latent=latent, model=model).latent.shape == (1, 4, 4, 8)
+
+
+@pytest.mark.parametrize("name", ["EasyCache", "LazyCache"])
+def test_caches_are_refused_by_name(world, extras, name):
+    if name not in extras:
+        pytest.skip(f"this ComfyUI has no {name}")
     options = {"reuse_threshold": 0.2, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}
-    model = host.run_node(extras["EasyCache"], model=world[0], **options)
-    with pytest.raises(errors.InputError, match="EasyCache"):
+    model = host.run_node(extras[name], model=world[0], **options)
+    with pytest.raises(errors.InputError, match=name):
         make(world, "euler", model=model)
 
 
