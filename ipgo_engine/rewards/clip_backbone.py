@@ -65,17 +65,18 @@ class ClipBackbone:
         return scale.leave(features) if scale else features
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Features (B, D) of the prompts, without gradients; every prompt is encoded once and remembered."""
+        """Features (B, D) of the prompts, without gradients; every prompt is encoded once and remembered.
+
+        One at a time: beside others its last bits differ, and so would a resumed run, which asks in other groups.
+        """
         if self._text_tower is None:
             raise InputError("these CLIP weights hold the vision tower only: scoring a prompt needs the text tower.")
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._texts]
         if len(self._texts) + len(new) > _CACHED_PROMPTS:
             self._texts.clear()
             new = list(dict.fromkeys(prompts))
-        if new:
-            with torch.no_grad():
-                encoded = self._text_tower(new).float().cpu()
-            self._texts.update(zip(new, encoded, strict=True))
+        with torch.no_grad():
+            self._texts |= {prompt: self._text_tower([prompt])[0].float().cpu() for prompt in new}
         return torch.stack([self._texts[prompt] for prompt in prompts])
 
 

@@ -49,3 +49,11 @@ def test_a_demo_model_that_is_not_there_is_one_clear_error(monkeypatch):
     monkeypatch.setattr(demo, "load_clip", missing)
     with pytest.raises(InputError, match="embedded demo model"):
         rewards.load("demo-clip")
+
+
+def test_the_features_of_a_prompt_do_not_depend_on_its_company():
+    """A resumed run asks for prompts in other groups than the run it continues, and has to score as that would."""
+    prompts = ["black cat", "star / moon: *?", "a long row of red hearts"]
+    together = rewards.load("demo-clip").backbone.text_features(prompts)
+    alone = rewards.load("demo-clip").backbone
+    assert torch.equal(together, torch.cat([alone.text_features([prompt]) for prompt in prompts]))
