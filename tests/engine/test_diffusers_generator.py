@@ -198,6 +198,15 @@ def test_a_model_with_the_guidance_scale_as_input_equals_stock() -> None:
     assert torch.equal(image(make(pipeline), ["a", "b"], [1, 2]), stock(pipeline, ["a", "b"], [1, 2]))
 
 
+def test_a_text_encoder_that_does_not_attend_to_padding_equals_stock() -> None:
+    pipeline = tiny.sd()
+    attending = image(make(pipeline), ["red dog"], [1])
+    pipeline.text_encoder.config.use_attention_mask = True
+    expected = stock(pipeline, ["red dog"], [1])
+    assert torch.equal(image(make(pipeline), ["red dog"], [1]), expected)
+    assert not torch.allclose(attending, expected, atol=1e-3)
+
+
 def test_a_textual_inversion_of_several_vectors_equals_stock() -> None:
     pipeline = tiny.sd()
     plain = image(make(pipeline), ["a <heart>"], [1])
@@ -269,6 +278,12 @@ def test_a_batch_equals_single_images(kind: str, padded: bool, request: pytest.F
         with torch.no_grad():
             taken = generator.generate(rows.select([row]), generator.draw_noise([seed]))
         assert torch.allclose(taken, alone, atol=2e-5)
+
+
+def test_a_short_prompt_beside_one_as_long_as_the_negative_equals_itself_alone(sd: Any) -> None:
+    generator = make(sd, padded=False)
+    both = image(generator, ["a cat", "a " * 75], [1, 2])
+    assert torch.allclose(both[:1], image(generator, ["a cat"], [1]), atol=2e-5)
 
 
 # Sequences of different lengths

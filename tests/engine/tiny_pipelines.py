@@ -37,13 +37,13 @@ def tokenizer(**options: Any) -> Any:
     return transformers.CLIPTokenizer.from_pretrained(tokenizer_folder(), model_max_length=77, **options)
 
 
-def text_config(hidden: int, **options: Any) -> Any:
+def text_config(hidden: int, layers: int = 3, **options: Any) -> Any:
     ids = {"bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 513}
     return transformers.CLIPTextConfig(
         vocab_size=514,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=77,
         **{**ids, **options},
@@ -128,7 +128,7 @@ def sdxl(seed: int = 0, *, contrast: float = 1.0, force_zeros: bool = True) -> A
     """An SDXL-like pipeline with two text encoders, embeddings of width 16 + 24."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        second = transformers.CLIPTextModelWithProjection(text_config(24, projection_dim=20, hidden_act="gelu"))
+        second = transformers.CLIPTextModelWithProjection(text_config(24, 2, projection_dim=20, hidden_act="gelu"))
         added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
         pipeline = diffusers.StableDiffusionXLPipeline(
             vae=vae(contrast),
