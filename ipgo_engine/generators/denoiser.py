@@ -137,7 +137,7 @@ class Decoder:
         if not self._upcast:
             return module(latents)
         # float32 copies for this call alone: the pipeline casts the module itself, which a backward would not survive.
-        weights = {name: weight.float() for name, weight in module.state_dict(keep_vars=True).items()}
+        weights = {name: weight.float() for name, weight in module.state_dict().items()}
         return torch.func.functional_call(module, weights, (latents,))
 
 

@@ -547,6 +547,17 @@ def test_tiny_gradients_survive_half_precision(soft: Any, checkpoint: bool) -> N
         assert (exact - rounded).norm() < 0.1 * exact.norm()
 
 
+def test_gradients_pass_through_the_vae_that_sdxl_runs_in_float32() -> None:
+    exact = tiny.sdxl(contrast=0.2)
+    half = copy.deepcopy(exact).to(torch.float16)
+    conditioning, noise = make(exact).encode(["a cat"]), make(exact).draw_noise([5])
+    found = [
+        gradients(scalar(make(pipeline), conditioning), conditioning.embeddings, noise) for pipeline in (exact, half)
+    ]
+    for expected, rounded in zip(*found, strict=True):
+        assert (expected - rounded).norm() < 0.1 * expected.norm()
+
+
 @pytest.mark.parametrize("checkpoint", [True, False])
 def test_autocast_is_close_and_differentiable(soft: Any, checkpoint: bool) -> None:
     exact, fast = make(soft, eta=1.0), make(soft, eta=1.0, autocast=torch.bfloat16)
