@@ -171,7 +171,8 @@ def test_offloaded_weights_visit_for_the_call_only():
 
         def __init__(self):
             self.module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).requires_grad_(False)
-            self.module.tied = self.module[0]
+            self.module.tied = nn.Linear(3, 3, bias=False)
+            self.module.tied.weight = self.module[0].weight
             self.seen = []
 
         def score(self, images, prompts):
@@ -186,6 +187,7 @@ def test_offloaded_weights_visit_for_the_call_only():
     offloaded.score(torch.rand(1, 3, 4, 4), [""])
     assert len(probe.seen[0]) == len(resting)  # what two places share stays one
     assert {tensor.device.type for tensor in probe.seen[0]} == {"meta"}
+    assert not any(tensor.requires_grad for tensor in probe.seen[0])
 
     def is_back():
         return all(a is b for a, b in zip([*probe.module.parameters(), *probe.module.buffers()], resting, strict=True))
@@ -194,6 +196,53 @@ def test_offloaded_weights_visit_for_the_call_only():
     with pytest.raises(RuntimeError, match="out of memory"):
         offloaded.score(torch.rand(1, 3, 4, 4), [""])
     assert is_back()  # even after a failure
+
+
+class Noting:
+    """Keeps whether a gradient was wanted, where its weights were, and how many runs began."""
+
+    name = "noting"
+
+    def __init__(self, differentiable=True):
+        self.module, self.differentiable = nn.Linear(1, 1).requires_grad_(False), differentiable
+        self.graded, self.places, self.runs = [], [], 0
+
+    def begin_run(self):
+        self.runs += 1
+
+    def score(self, images, prompts):
+        self.graded.append(torch.is_grad_enabled())
+        self.places.append(self.module.weight.device.type)
+        return images.mean((1, 2, 3))
+
+
+def test_an_offloaded_reward_computes_a_gradient_only_where_one_is_wanted():
+    wanted = torch.rand(1, 3, 4, 4, requires_grad=True)
+    for differentiable in (True, False):
+        noting = Noting(differentiable)
+        offloaded = rewards.Offloaded(noting)
+        offloaded.score(wanted, [""])
+        offloaded.score(wanted.detach(), [""])
+        with torch.no_grad():
+            offloaded.score(wanted, [""])
+        assert noting.graded == [differentiable, False, False]
+
+
+@pytest.mark.parametrize(
+    ("device", "images", "place"), [(None, "cpu", "cpu"), (None, "meta", "meta"), ("meta", "cpu", "meta")]
+)
+def test_offloaded_weights_go_where_they_are_sent_or_where_the_images_are(device, images, place):
+    noting = Noting()
+    pixels = torch.rand(1, 3, 4, 4, device=images)
+    rewards.Offloaded(noting, device).score(pixels, [""])
+    rewards.Offloaded(noting, device).score(pixels.requires_grad_(), [""])
+    assert noting.places == [place, place]
+
+
+def test_a_run_begins_for_the_offloaded_reward_too():
+    noting = Noting()
+    rewards.Offloaded(noting).begin_run()
+    assert noting.runs == 1
 
 
 def test_offloading_needs_weights():
