@@ -19,7 +19,7 @@ def _require(condition: bool, name: str, value: Any, rule: str) -> None:
         raise InputError(f"{name} is {value!r}: {rule}.")
 
 
-def whole_number(name: str, value: Any, least: int = 0, most: int | None = None) -> int:
+def whole_number(name: str, value: Any, least: int, most: int | None = None) -> int:
     """The value as Python's own integer: those of numpy and torch count, but go into no JSON."""
     rule = f"use a whole number of {least} or more" if most is None else f"use a whole number from {least} to {most}"
     try:

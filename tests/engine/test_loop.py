@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 from collections.abc import Sequence
 
 import pytest
@@ -694,6 +695,39 @@ def test_the_regularizer_keeps_the_noise_probable():
 def test_bad_input_is_named(call, words):
     with pytest.raises(InputError, match=words):
         call()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "values"),
+    [
+        (LoopConfig, "learning_rate", (0.0, -1.0, math.inf)),
+        (LoopConfig, "decay", (0.0, 1.5, math.nan)),
+        (LoopConfig, "decay_by", ("step",)),
+        (LoopConfig, "clip_norm", (-1.0, math.nan)),
+        (LoopConfig, "gradient", ("newton",)),
+        (LoopConfig, "perturbation_scale", (0.0, math.nan)),
+        (LoopConfig, "seed", (-1, 1.5, None)),
+        *((LoopConfig, name, (0, None)) for name in ("decay_every", "perturbations", "monitor_every", "preview_every")),
+        *((LoopConfig, name, (0, -1)) for name in ("backprop_steps", "micro_batch", "patience")),
+        (OptimizeConfig, "conformity", (-0.1, math.nan)),
+        (OptimizeConfig, "conformity_norm", ("l2",)),
+        (NoiseConfig, "permutations", (0, None)),
+        (NoiseConfig, "block_size", (0,)),
+        (NoiseConfig, "regularization", (-1.0, math.nan)),
+        (NoiseConfig, "which", ("none",)),
+        (NoiseConfig, "min_probability", (0.0, 1.5, math.nan)),
+    ],
+)
+def test_settings_outside_their_range_are_named(kind, name, values):
+    for value in values:
+        with pytest.raises(InputError, match=re.escape(f"{name} is {value!r}: ")):
+            kind(**{name: value})
+
+
+def test_settings_at_the_edge_of_their_range_are_taken():
+    OptimizeConfig(decay=1.0, clip_norm=0, conformity=0, epochs=1, seeds=(0, 2**64 - 1), seed=2**64 - 1, batch_size=1)
+    NoiseConfig(regularization=0, min_probability=1.0, block_size=1, permutations=1, iterations=1, patience=1)
+    TokenConfig(prefix_length=0, suffix_length=1, basis_size=1, scale=-1.0)
 
 
 # -- estimated gradients ----------------------------------------------------------------------------------------------
