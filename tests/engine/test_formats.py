@@ -26,6 +26,12 @@ def test_labels_of_a_noise_file_do_not_overwrite_what_it_is(tmp_path):
     assert read_noise(path)[1]["sampler"] == "ddim"
 
 
+def test_a_part_of_a_noise_that_is_still_learned_can_be_written(tmp_path):
+    noise = torch.rand(2, 3, 4, 2, 2).requires_grad_()[:, :1]
+    found, _ = read_noise(write_noise(tmp_path / "noise.safetensors", noise))
+    assert torch.equal(found, noise)
+
+
 def test_labels_that_are_no_plain_data_are_refused(tmp_path):
     with pytest.raises(InputError, match="label of the noise file"):
         write_noise(tmp_path / "noise.safetensors", torch.zeros(1, 1, 4, 2, 2), seeds=np.arange(2))
@@ -38,6 +44,15 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     assert (found["update"], found["history"][0]) == (3, {"reward": None})
     assert torch.equal(found["best"]["images"], state["best"]["images"])
     assert torch.equal(found["history"][1], torch.ones(2))
+
+
+def test_a_state_may_hold_one_tensor_twice_and_views_of_it(tmp_path):
+    whole = torch.rand(3, 2, requires_grad=True)
+    found = read_state(write_state(tmp_path / "state", {"a": whole, "b": whole, "c": [whole.T, whole[:, :1]]}))
+    for tensor, expected in zip(
+        (found["a"], found["b"], *found["c"]), (whole, whole, whole.T, whole[:, :1]), strict=True
+    ):
+        assert torch.equal(tensor, expected)
 
 
 @pytest.mark.parametrize("text", ['{"best": {"__tensor__": "7"}}', '{"best": {"__tensor__": ["0"]}}', "{"])

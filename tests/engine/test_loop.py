@@ -832,7 +832,7 @@ def test_learning_rate_schedules():
     prompt_wise = OptimizeConfig.preset("paper")
     assert [prompt_wise.learning_rate_factor(e) for e in (0, 9, 10, 25)] == pytest.approx([1, 1, 0.9, 0.81])
     batch = OptimizeConfig.preset("paper", batch=True)
-    assert batch.epochs == 20
+    assert (batch.epochs, batch.batch_size, batch.backprop_steps) == (20, 4, 1)
     assert batch.learning_rate_factor(19) == 1.0
     assert LoopConfig().learning_rate_factor(1000) == 1.0
 
@@ -989,10 +989,12 @@ def test_what_only_shows_may_change_when_a_run_goes_on_and_what_differs_is_named
     again(monitor_every=2, preview_every=3, patience=5, checkpoint=False, micro_batch=1)
 
 
-def test_the_released_code_decays_by_updates():
+def test_the_released_code_decays_by_updates_and_goes_back_two_steps():
     """The notebook's scheduler counts batches: x 0.95 every 15 of them."""
     notebook = OptimizeConfig.preset("released-code", batch=True)
     assert [notebook.learning_rate_factor(u, 15) for u in (14, 15, 30)] == pytest.approx([1, 0.95, 0.95**2])
+    assert (notebook.epochs, notebook.batch_size) == (20, 4)
+    assert (notebook.backprop_steps, notebook.conformity_norm) == (2, "l1-mean")
 
 
 @pytest.mark.parametrize("method", ["hybrid-image", "hybrid-noise"])
