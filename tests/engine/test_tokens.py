@@ -20,6 +20,7 @@ from ipgo_engine import (
     rotate_even_pairs,
     rotate_odd_pairs,
 )
+from ipgo_engine.formats.tokens import read_metadata
 from ipgo_engine.generators.base import Conditioning
 from ipgo_engine.tokens import insert_tokens, nearest_orthonormal, wrap_angles
 from tests.engine import reference
@@ -468,6 +469,20 @@ def test_tokens_of_another_encoder_are_refused(tmp_path):
     with pytest.raises(EncoderMismatchError, match=r"16.*1280"):
         IPGOTokens.load(path, dim=1280)
     assert IPGOTokens.load(path).metadata["encoder"] == "clip-l"
+
+
+def test_tokens_that_name_no_encoder_fit_every_one_of_their_width(tmp_path):
+    path = IPGOTokens(DIM, SMALL).save(tmp_path / "t.safetensors", reward="toy")
+    assert set(IPGOTokens.load(path, encoder="clip-g", dim=DIM).metadata) == {"reward", "version"}
+
+
+def test_a_missing_file_and_one_of_another_kind_are_told_apart(tmp_path):
+    with pytest.raises(InputError, match="gone does not exist"):
+        read_metadata(tmp_path / "gone")
+    for name, header in (("bare", None), ("noise", {"format": '"ipgo-noise-1"'})):
+        save_file({"x": torch.zeros(2)}, tmp_path / name, metadata=header)
+        with pytest.raises(InputError, match=f"{name} is a safetensors file but not an IPGO tokens file"):
+            read_metadata(tmp_path / name)
 
 
 def damage(path: Path, how: str) -> None:
