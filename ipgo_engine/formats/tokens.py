@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import TokenConfig
+from ..config import TokenConfig, whole_number
 from ..errors import EncoderMismatchError, InputError
 from .files import write_whole
 
@@ -68,7 +68,7 @@ def read_tokens(
     """Width, settings, tensors and remaining metadata of a tokens file, checked against the encoder if one is given."""
     header = read_metadata(path)
     try:
-        width, config = int(header.pop("dim")), TokenConfig(**header.pop("config"))
+        width, config = whole_number("dim", header.pop("dim"), 2), TokenConfig(**header.pop("config"))
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path} is damaged: its settings cannot be read ({error}).") from error
     learned_for = header.get("encoder")

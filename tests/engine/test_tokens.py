@@ -528,6 +528,8 @@ def rewrite(path: Path, how: str) -> None:
         header["config"] = json.dumps(json.loads(header["config"]) | {"basis_size": "5"})
     elif how == "no dim":
         del header["dim"]
+    elif how == "endless dim":
+        header["dim"] = "Infinity"
     elif how == "odd dim":
         header["dim"] = "15"
     elif how == "not JSON":
@@ -545,7 +547,7 @@ def rewrite(path: Path, how: str) -> None:
 DAMAGE = [
     "cut short", "empty", "nonsense", "another safetensors", "a folder", "gone", "a tensor too few",
     "no finished tokens", "a tensor too small", "unknown setting", "senseless setting", "settings of the wrong kind",
-    "basis_size is text", "no dim", "odd dim", "not JSON", "not finite", "half a token", "endless",
+    "basis_size is text", "no dim", "endless dim", "odd dim", "not JSON", "not finite", "half a token", "endless",
     "numbers of eight bits",
 ]  # fmt: skip
 
