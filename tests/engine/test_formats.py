@@ -92,6 +92,15 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     assert torch.equal(found["history"][1], torch.ones(2))
 
 
+def test_a_state_that_is_not_there_or_says_nothing_is_named(tmp_path):
+    with pytest.raises(InputError, match="gone does not exist"):
+        read_state(tmp_path / "gone")
+    for header in (None, {"format": "ipgo-state-0", "state": "{}"}):
+        save_file({"noise": NOISE}, tmp_path / "bare", metadata=header)
+        with pytest.raises(InputError, match="bare is not a resume file"):
+            read_state(tmp_path / "bare")
+
+
 def test_a_state_may_hold_one_tensor_twice_and_views_of_it(tmp_path):
     whole = torch.rand(3, 2, requires_grad=True)
     found = read_state(write_state(tmp_path / "state", {"a": whole, "b": whole, "c": [whole.T, whole[:, :1]]}))
