@@ -23,7 +23,7 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
         os.replace(part, path)
     except BaseException as error:  # Ctrl-C, too, leaves nothing behind
         with suppress(OSError):
-            part.unlink(missing_ok=True)
+            part.unlink()
         if not isinstance(error, Exception):
             raise
         # Any exception: safetensors has one of its own for a full disk.
