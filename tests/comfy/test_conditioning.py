@@ -90,15 +90,17 @@ def test_changing_the_prompt_itself_needs_a_single_entry():
 
 def test_only_prompts_that_may_share_a_batch_do():
     """Control, area and mask are of one image each; pooled outputs and prompts are put together."""
-    one, two = tiny.conditioning(1), tiny.conditioning(2)
-    for different in ({"area": (4, 4, 0, 0)}, {"control": object()}, {"mask": torch.ones(1, 8, 8)}, {"strength": 0.5}):
-        groups = conditioning_module.from_engine(
-            conditioning_module.to_engine([one, tiny.conditioning(2, **different), two])
-        )
+    masks = torch.zeros(1, 8, 8), torch.ones(1, 8, 8)
+    options = {"area": [(4, 4, 0, 0), (8, 8, 0, 0)], "control": [object(), object()], "mask": masks, "strength": [1, 2]}
+    for name, (same, other) in options.items():
+        one, two = (tiny.conditioning(seed, **{name: same}) for seed in (1, 2))
+        different = tiny.conditioning(2, **{name: other})
+        groups = conditioning_module.from_engine(conditioning_module.to_engine([one, different, two]))
         assert [images for images, _ in groups] == [[0, 2], [1]]
-        ((embeddings, options),) = groups[0][1]
+        ((embeddings, kept),) = groups[0][1]
         assert torch.equal(embeddings, torch.cat([one[0][0], two[0][0]]))
-        assert torch.equal(options["pooled_output"], torch.cat([c[0][1]["pooled_output"] for c in (one, two)]))
+        assert kept[name] is same
+        assert torch.equal(kept["pooled_output"], torch.cat([c[0][1]["pooled_output"] for c in (one, two)]))
 
 
 def engine_tokens():

@@ -161,10 +161,16 @@ def test_noises_of_another_size_or_batch_are_refused_by_every_sampler(world, cus
             )  # fmt: skip
 
 
-def test_what_is_handed_over_is_a_copy_each_time(world):
-    """Samplers and other packs may write into what they are given."""
-    generator = make(world, "euler")
+@pytest.mark.parametrize("sampler", ["euler", "uni_pc"])
+def test_what_is_handed_over_is_a_copy_each_time(world, sampler):
+    """Samplers and other packs may write into what they are given; uni_pc raises the last sigma."""
+    generator = make(world, sampler)
     noise = changed(generator)
+    with host.node():
+        handover_module.render(generator, generator.encode(["a"]), noise)
+        with generator:
+            generator.generate(generator.encode(["a"]), noise)
+    assert float(generator.sampling.sigmas[-1]) == 0
     handed, sigma = handover_module.Handover(generator, noise), float(generator.sampling.sigmas[0])
     first = noise[:, 0].cpu().clone()
     noise.zero_()

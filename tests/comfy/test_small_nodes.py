@@ -218,6 +218,21 @@ def test_a_reward_visits_the_device_for_the_length_of_a_run_and_room_is_made(mon
     assert room == [(4 * 4, "cuda")]
 
 
+def test_rewards_visit_the_device_to_score_and_to_be_calibrated(ours, monkeypatch):
+    """cpu:0 stands for a device that the weights do not rest on."""
+    monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cpu", 0))
+    monkeypatch.setattr(comfy.model_management, "free_memory", lambda *_: None)
+    reward, images = rewards.load("brightness"), greys(0.1, 0.6)
+    reward.module = Travels()
+    call(ours["IPGOScoreImages"], images=images, reward=reward, prompt="a")
+    assert reward.module.sent == ["cpu:0", "cpu"]
+    (combined,) = call(
+        ours["IPGOCombineRewards"], reward_1=reward, calibration_images=images, calibration_prompts="a"
+    )  # fmt: skip
+    assert combined.scales == [pytest.approx((0.35, 0.5 / 2**0.5))]
+    assert reward.module.sent == ["cpu:0", "cpu"] * 2
+
+
 def test_a_reward_that_does_not_fit_goes_back(monkeypatch):
     monkeypatch.setattr(comfy.model_management, "get_torch_device", lambda: torch.device("cuda"))
     monkeypatch.setattr(comfy.model_management, "free_memory", lambda *_: None)

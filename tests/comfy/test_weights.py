@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 
 import comfy.ldm.modules.attention as attention
 import comfy.model_management
@@ -46,6 +47,18 @@ def test_aliases_share_memory_keep_ties_and_are_taken_back():
     aliases.restore()
     assert module[0].bias is replaced
     assert module[0].weight is before["0.weight"]
+
+
+def test_weights_that_ask_for_a_gradient_do_not_get_one():
+    """Packs that load outside of a node forget to freeze; gradients of weights would fill the memory."""
+    module = torch.nn.Linear(4, 4)
+    before, aliases = dict(module.named_parameters()), weights.Aliases()
+    aliases.apply(module)
+    module(torch.randn(3, 4, requires_grad=True)).sum().backward()
+    assert [weight.grad for weight in (*module.parameters(), *before.values())] == [None] * 4
+    aliases.restore()
+    assert dict(module.named_parameters()) == before
+    assert module.weight.requires_grad
 
 
 PARTS = {"rows": lambda w: w[2:], "columns": lambda w: w[:, 1:3], "turned": lambda w: w.T}
@@ -180,6 +193,36 @@ def test_attention_without_a_backward(world, checkpoint):
     assert not any(used)
     assert directional_error(generator, directions=2) < 2e-2
     assert model.model_options["transformer_options"]["optimized_attention_override"] is override
+
+
+def test_the_prompt_alone_has_its_gradient_through_attention_without_a_backward(world):
+    """Tokens learn through the last step only: what attention asks with has no gradient there, its keys have one."""
+    model = world[0].clone()
+    options = model.model_options["transformer_options"]
+    options["optimized_attention_override"] = lambda _function, *args, **kwargs: without_backward(*args, **kwargs)
+    found = []
+    for generator in (make(world, "euler"), make(world, "euler", model=model)):
+        with host.node(), generator:
+            prompt = generator.encode(["a"])
+            embeddings = prompt.embeddings.clone().requires_grad_(True)
+            changed = prompt.with_embeddings(embeddings, prompt.mask)
+            image = generator.generate(changed, generator.draw_noise([7]), backprop_steps=1)
+            found += torch.autograd.grad(image.pow(2).mean(), embeddings)
+    assert relative(found[1], found[0]) < 1e-4
+
+
+def test_the_identity_of_an_encoder_is_that_of_its_fp8_copy():
+    """Tokens fit both."""
+    name_of = host.pack("nodes.host.inputs").encoder_name
+    encoder = torch.nn.ModuleDict({"clip_l": torch.nn.Linear(64, 64)})
+    names = [
+        name_of(types.SimpleNamespace(cond_stage_model=encoder.to(kind)), 64) for kind in (None, torch.float8_e4m3fn)
+    ]
+    assert names[0] == names[1]
+    assert (
+        name_of(types.SimpleNamespace(cond_stage_model=torch.nn.ModuleDict({"a": torch.nn.Linear(64, 64)})), 64)
+        != names[0]
+    )
 
 
 def test_saturated_pixels_keep_their_gradient():
