@@ -185,6 +185,16 @@ def test_a_patch_that_writes_in_place(world):
         assert torch.equal(got, want)
 
 
+def test_a_patch_may_write_into_the_predictions(world):
+    model = world[0].clone()
+    model.set_model_sampler_pre_cfg_function(lambda args: [prediction.mul_(0.9) for prediction in args["conds_out"]])
+    expected = stock(world, "euler", model=model)
+    generator = make(world, "euler", model=model)
+    assert not torch.equal(expected, stock(world, "euler"))
+    assert torch.equal(ours(generator), expected)
+    assert directional_error(generator, directions=1) < 3e-2
+
+
 def test_sampling_that_a_node_patched_counts_before_the_model_is_loaded(extras):
     with host.node():
         own = tiny.sd15(), tiny.vae(), tiny.conditioning(1), tiny.conditioning(2)

@@ -10,11 +10,13 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import host
+import nodes as comfy_nodes
 import pytest
 import tiny
 import torch
 from test_gradients import directional_error, our_gradients, relative
-from test_stock import make, ours, stock
+from test_states import control_net
+from test_stock import STEPS, make, ours, stock
 
 weights = host.pack("nodes.host.weights")
 compat = host.pack("nodes.host.compat")
@@ -209,6 +211,71 @@ def test_the_prompt_alone_has_its_gradient_through_attention_without_a_backward(
             image = generator.generate(changed, generator.draw_noise([7]), backprop_steps=1)
             found += torch.autograd.grad(image.pow(2).mean(), embeddings)
     assert relative(found[1], found[0]) < 1e-4
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Makes an attention kernel that of every layer, as a start with another option or a GPU does."""
+
+    def choose(function):
+        for name in ("optimized_attention", "optimized_attention_masked"):
+            monkeypatch.setattr(attention, name, function, raising=False)
+
+    return choose
+
+
+def test_what_is_stored_is_not_computed_again(world, monkeypatch, kernel):
+    """The CPU's own kernel has no backward, so that nothing would be stored there."""
+    kernel(attention.attention_pytorch)
+    expected, calls, forward = stock(world, "euler"), [], type(world[0].model)._apply_model
+
+    def counting(*args, **kwargs):
+        calls.append(1)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(type(world[0].model), "_apply_model", counting)
+    generator, found = make(world, "euler"), []
+    for checkpoint, times in ((True, 2 * STEPS), (False, STEPS + 1)):  # one more to see whether values are the same
+        calls.clear()
+        images, gradients = our_gradients(generator, checkpoint=checkpoint)
+        assert torch.equal(images.cpu(), expected)
+        assert len(calls) == times
+        found.append(gradients)
+    for recomputed, stored in zip(*found, strict=True):
+        assert relative(stored, recomputed) < 1e-5
+
+
+@pytest.mark.parametrize("length", [77, 82])
+def test_a_prompt_learns_the_same_whether_stored_or_computed_again(world, kernel, length):
+    """A prompt that is longer than the negative is a call of its own, and that of the negative has no gradient."""
+    kernel(attention.attention_pytorch)
+    model, vae, _, negative = world
+    generator, found = make((model, vae, tiny.conditioning(1, length), negative), "euler"), []
+    for checkpoint in (True, False):
+        with host.node(), generator:
+            prompt = generator.encode(["a"])
+            embeddings = prompt.embeddings.clone().requires_grad_(True)
+            learned = prompt.with_embeddings(embeddings, prompt.mask)
+            image = generator.generate(learned, generator.draw_noise([7]), backprop_steps=1, checkpoint=checkpoint)
+            found += torch.autograd.grad(image.pow(2).mean(), embeddings)
+    assert relative(found[1], found[0]) < 1e-5
+
+
+def test_a_control_net_through_attention_without_a_backward(world, kernel):
+    """No override of attention reaches a ControlNet."""
+    model, vae, _, negative = world
+    with host.node():
+        hint = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(1))
+        applied = comfy_nodes.ControlNetApplyAdvanced().apply_controlnet(
+            tiny.conditioning(1), negative, control_net(), hint, 0.8, 0.0, 0.9
+        )
+    own = (model, vae, *applied)
+    _, wanted = our_gradients(make(own, "euler"))
+    kernel(without_backward)
+    _, found = our_gradients(make(own, "euler"))
+    for got, want in zip(found, wanted, strict=True):
+        assert relative(got, want) < 1e-4
+    assert attention.optimized_attention is without_backward
 
 
 def test_the_identity_of_an_encoder_is_that_of_its_fp8_copy():
