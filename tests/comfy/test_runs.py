@@ -441,6 +441,16 @@ def test_another_mask_is_not_resumed(world):
     assert "the best so far" in world.noise("mask", latent_image=masked, resume=TAKE)[-1]
 
 
+def test_another_picture_of_a_batch_is_not_resumed(world):
+    """Its noise is another one of the same seed."""
+    with host.node():
+        batch = comfy_nodes.EmptyLatentImage().generate(128, 128, 4)[0]
+        second, third = (comfy_nodes.LatentFromBatch().frombatch(batch, place, 1)[0] for place in (1, 2))
+    world.noise("place", latent_image=second)
+    with pytest.raises(errors.InputError, match="different: batch_index"):
+        world.noise("place", latent_image=third, resume=CONTINUE)
+
+
 def test_what_only_shows_or_saves_memory_may_differ(world):
     world.noise("shown")
     changed = {"preview_every": 2, "save_memory": False, "monitor_every": 2, "patience": 3}

@@ -488,10 +488,11 @@ def control_net(seed=4, channels=3):
 
 def test_control_net(world):
     model, vae, _, negative = world
+    control = control_net()
     with host.node():
         hint = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(1))
         applied = comfy_nodes.ControlNetApplyAdvanced().apply_controlnet(
-            tiny.conditioning(1), negative, control_net(), hint, 0.8, 0.0, 0.9
+            tiny.conditioning(1), negative, control, hint, 0.8, 0.0, 0.9
         )
     own = (model, vae, *applied)
     expected = stock(own, "euler")
@@ -499,6 +500,7 @@ def test_control_net(world):
     generator = make(own, "euler")
     assert torch.equal(ours(generator), expected)
     assert directional_error(generator, directions=2) < 3e-2
+    assert "forward" not in vars(control.control_model)
     assert torch.equal(stock(own, "euler"), expected)
 
 
@@ -633,8 +635,8 @@ def test_a_control_net_may_have_a_vae(world):
     assert directional_error(generator, directions=1) < 3e-2
 
 
-@pytest.mark.parametrize("call", [2, 6])
-def test_cancel_inside_a_layer(world, monkeypatch, call):
+@pytest.mark.parametrize(("call", "checkpoint"), [(2, True), (6, True), (1, False)])
+def test_cancel_inside_a_layer(world, monkeypatch, call, checkpoint):
     """Newer releases raise their interrupt from every layer, and theirs is no `Exception`."""
 
     class Interrupted(BaseException):
@@ -646,5 +648,5 @@ def test_cancel_inside_a_layer(world, monkeypatch, call):
     with monkeypatch.context() as patch:
         fail_at(patch, world, call, Interrupted())
         with pytest.raises(errors.Cancelled):
-            our_gradients(make(world, "euler_ancestral"))
+            our_gradients(make(world, "euler_ancestral"), checkpoint=checkpoint)
     assert_untouched(world, before, image)
