@@ -6,7 +6,11 @@ import comfy.samplers
 import torch
 from comfy.model_management import get_torch_device
 
+from ...ipgo_engine.errors import InputError
 from .samplers import BIASED
+
+SMALLEST = 16
+"""Pixels of a side, as in the Empty Latent Image node."""
 
 
 def samplers() -> list[str]:
@@ -27,5 +31,8 @@ def reward_dtype(name: str) -> torch.dtype:
 
 
 def empty_latent(width: int, height: int) -> dict[str, object]:
-    """What the Empty Latent Image node makes, for one image."""
+    """What the Empty Latent Image node makes, for one image; a link may bring sizes that its widget would not take."""
+    for name, side in (("width", width), ("height", height)):
+        if side < SMALLEST:
+            raise InputError(f"{name} is {side} pixels: use {SMALLEST} or more.")
     return {"samples": torch.zeros(1, 4, height // 8, width // 8), "downscale_ratio_spacial": 8}

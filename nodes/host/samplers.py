@@ -105,6 +105,11 @@ def sigmas_by_name(patcher: Any, sampler: str, scheduler: str, steps: int, denoi
     names = comfy.samplers.KSampler.SCHEDULERS
     if scheduler not in names:
         raise InputError(f"scheduler is {scheduler!r}: this ComfyUI has {', '.join(names)}.")
+    if steps < 1 or not denoise > 0:
+        raise InputError(
+            f"steps is {steps} and denoise is {denoise}: nothing would be sampled. Use 1 step or more, and a denoise "
+            "above 0."
+        )
     stock = comfy.samplers.KSampler(
         patcher,
         steps=steps,

@@ -108,6 +108,14 @@ def test_a_scheduler_without_noise_levels_is_named(world, monkeypatch):
             make(world, sampler, "kl_optimal")
 
 
+@pytest.mark.parametrize(("steps", "denoise"), [(0, 1.0), (-1, 1.0), (4, 0.0), (4, float("nan"))])
+def test_no_step_to_sample_is_named(world, monkeypatch, steps, denoise):
+    """Widgets do not go so low, links do."""
+    monkeypatch.setitem(globals(), "STEPS", steps)
+    with pytest.raises(errors.InputError, match=f"steps is {steps} and denoise is {denoise}: nothing would be sampled"):
+        make(world, "euler", denoise=denoise)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("sampler", [s for s in all_samplers() if s not in NAMED])
 def test_every_sampler_equals_stock_or_is_refused(world, sampler):
