@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from ipgo_engine import rewards
 from ipgo_engine.errors import InputError
 from ipgo_engine.rewards import backbones, clip_backbone, text
+from ipgo_engine.rewards.preprocess import Preprocessing
 
 from . import tiny
 
@@ -88,6 +90,33 @@ def test_preprocessing_against_open_clips_transform(open_folder, size):
     theirs = image_transform(32, is_train=False, interpolation="bicubic")(Image.fromarray(picture))[None]
     ours = rewards.load("clip", open_folder).backbone.preprocessing(tiny.as_batch(picture))
     assert (ours - theirs).abs().max() < 1.2 / 255 / 0.26
+
+
+@pytest.mark.parametrize("size", [(37, 57), (57, 37), (20, 30), (32, 64), (1, 200)])
+@pytest.mark.parametrize("fit", ["longer", "squash"])
+def test_preprocessing_without_a_cut_against_pillow(size, fit):
+    picture = tiny.picture(*size)
+    height, width = (max(1, round(side * 32 / max(size))) for side in size) if fit == "longer" else (32, 32)
+    square = Image.new("RGB", (32, 32))
+    resized = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
+    square.paste(resized, ((32 - width) // 2, (32 - height) // 2))
+    mean, std = (0.1, 0.2, 0.3), (0.5, 1.0, 2.0)
+    theirs = (np.asarray(square) / 255 - mean) / std
+    ours = Preprocessing(32, mean, std, fit)(tiny.as_batch(picture))[0].permute(1, 2, 0).numpy()
+    assert np.abs(ours - theirs).max() < 2 / 255 / 0.5  # two steps of 8 bits, in units of the smallest spread
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"mean": (0.5, 0.5)}, "give three numbers"),
+        ({"std": (1.0, "1", 1.0)}, "give three numbers"),
+        ({"std": (1.0, 0.0, 1.0)}, "must be above 0"),
+    ],
+)
+def test_preprocessing_that_cannot_be_is_refused(settings, words):
+    with pytest.raises(InputError, match=words):
+        Preprocessing(**settings)
 
 
 def test_prompts_are_cut_and_text_features_remembered(folder):

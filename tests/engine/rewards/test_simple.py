@@ -168,7 +168,8 @@ def test_the_documented_reward_of_another_pack_works_everywhere():
         (torch.zeros(1, 4, 8, 8), [""], r"B, 3, H, W"),
         (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [""], "divide by 255"),
         (torch.zeros(2, 3, 8, 8), ["one"], "one prompt per image"),
-        (torch.zeros(1, 3, 8, 8), "text", "one prompt per image"),
+        (torch.zeros(1, 3, 8, 8), "t", "one prompt per image"),
+        ([[0.0]], [""], "images is list"),
         (torch.zeros(1, 3, 0, 8), [""], "at least one entry"),
     ],
 )
