@@ -15,6 +15,7 @@ import diffusers
 import numpy
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ipgo_engine import NoiseConfig, optimize_noise, rewards
@@ -23,6 +24,7 @@ from ipgo_engine.generators.base import Conditioning
 from ipgo_engine.generators.denoiser import Guidance
 from ipgo_engine.generators.diffusers import DiffusersGenerator
 from ipgo_engine.generators.identity import describe_encoder
+from ipgo_engine.generators.loading import load_pipeline
 from ipgo_engine.generators.samplers import SAMPLERS, make_scheduler
 
 from . import tiny_pipelines as tiny
@@ -675,6 +677,24 @@ def test_load_from_a_folder_of_half_precision_files_alone(sdxl: Any, tmp_path: A
     assert torch.allclose(image(plain, ["a cat"], [1]), image(half, ["a cat"], [1]), atol=2e-5)
 
 
+def test_load_takes_the_whole_weights_where_those_of_half_precision_lie_beside_them(sd: Any, tmp_path: Any) -> None:
+    for variant in (None, "fp16"):
+        sd.save_pretrained(tmp_path, variant=variant)
+    (half,) = (tmp_path / "unet").glob("*.fp16.safetensors")
+    save_file({name: torch.zeros_like(weight) for name, weight in load_file(half).items()}, half)
+    loaded = load_pipeline(tmp_path).unet.state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in sd.unet.state_dict().items())
+
+
+def test_load_needs_no_safety_checker(sd: Any, tmp_path: Any) -> None:
+    sd.save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    parts = json.loads(index.read_text(encoding="utf-8"))
+    checker = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index.write_text(json.dumps(parts | {"safety_checker": checker}), encoding="utf-8")
+    assert load_pipeline(tmp_path).safety_checker is None
+
+
 def test_load_refuses_what_it_cannot_use(sd: Any, tmp_path: Any) -> None:
     with pytest.raises(InputError, match=r"folder is .*nowhere.*model_index\.json"):
         DiffusersGenerator.load(tmp_path / "nowhere")
@@ -729,7 +749,7 @@ def test_load_of_damaged_weights(sd: Any, tmp_path: Any) -> None:
         ({"steps": 0}, "steps is 0: use 1 to 1000"),
         ({"steps": 1001}, "steps is 1001"),
         ({"width": 17}, "width is 17: use a multiple of 2 pixels, for example 16"),
-        ({"height": 0}, "height is 0"),
+        ({"height": 0}, "height is 0: use a multiple of 2 pixels, for example 2"),
         ({"eta": 1.5}, "eta is 1.5: use 0"),
         ({"eta": 0.5, "sampler": "lms"}, "eta is 0.5, but LMSDiscreteScheduler has none"),
         ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
