@@ -132,6 +132,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "out below a file": ([*TRAIN, "--out", "file.txt/deep/out"], "cannot be written"),
     "out not empty": ([*TRAIN, "--out", "full"], "not empty"),
     "resume without out": ([*TRAIN, "--resume"], "--out"),
+    "resume of a damaged run": ([*TRAIN, "--resume", "--out", "broken"], "run.json is damaged"),
     "resume of nothing": ([*TRAIN, "--resume", "--out", "nowhere"], "no run to resume"),
     "setting out of range": ([*TRAIN, "--learning-rate", "-1"], "learning_rate"),
     "setting of no kind": ([*TRAIN, "--epochs", "many"], "'many'"),
@@ -163,6 +164,8 @@ def clutter(toy: Path) -> Path:
     (toy / "utf16.txt").write_bytes("cat".encode("utf-16"))
     (toy / "full").mkdir()
     (toy / "full" / "keep.txt").write_text("mine")
+    (toy / "broken").mkdir()
+    (toy / "broken" / "run.json").write_text("[]")
     (toy / "pictures").mkdir()
     for number in range(3):
         Image.new("RGB", (8, 8)).save(toy / "pictures" / f"{number}.png")
@@ -245,7 +248,9 @@ def test_what_was_learned_gives_the_pictures_again(toy: Path):
     assert float(csv_rows(toy / "more/scores.csv")[0]["brightness learned"]) == pytest.approx(best, abs=1e-6)
     noise, labels = read_noise(toy / "noise/noise.safetensors")
     assert noise.shape == (1, *ToyGenerator.noise_shape)
-    assert labels["prompts"] == ["red heart"]
+    assert (labels["prompts"], labels["encoder"]) == (["red heart"], ToyGenerator.encoder)
+    write_noise(toy / "foreign.safetensors", noise, **labels | {"encoder": "another-encoder"})
+    assert cli.main(["generate", "--noise", "foreign.safetensors"]) == 2
 
 
 OTHER = ["--steps", "7", "--cfg", "3", "--sampler", "euler", "--negative", "blur", "--size", "64", "--unpadded"]
@@ -361,7 +366,8 @@ def test_many_prompts_all_get_pictures(toy: Path):
     conditioning = tokens.condition(generator.encode([row["prompt"] for row in rows]))
     images = generator.generate(conditioning, generator.draw_noise([0] * 20)).detach()
     assert [float(row["best"]) for row in rows] == pytest.approx(images.mean((1, 2, 3)).tolist(), abs=1e-5)
-    assert all(abs(float(row["best"]) - float(row["raw"])) > 1e-3 for row in rows)
+    assert all(abs(float(row["gain"])) > 1e-3 for row in rows)
+    assert all(float(row["gain"]) == float(row["best"]) - float(row["raw"]) for row in rows)
 
 
 def test_sheets_of_many_pictures_can_be_opened(toy: Path):
@@ -474,9 +480,9 @@ def test_tokens_are_compared_on_fresh_seeds_and_with_the_best_of_others(toy: Pat
 
 
 def test_probabilities_are_those_of_the_noise_that_was_optimized(toy: Path):
-    options = ["--which", "initial", "--permutations", "7", "--method-seed", "5", "--learning-rate", "0.3"]
-    assert cli.main([*NOISE, *options, "--seeds", "0,4", "--out", "run"]) == 0
-    measure = NoiseRegularizer(None, 7, 5).measure
+    options = ["--which", "initial", "--permutations", "7", "--block-size", "4", "--method-seed", "5"]
+    assert cli.main([*NOISE, *options, "--learning-rate", "0.3", "--seeds", "0,4", "--out", "run"]) == 0
+    measure = NoiseRegularizer(4, 7, 5).measure
     raw, best = ToyGenerator().draw_noise([0, 4]), read_noise(toy / "run/noise.safetensors")[0]
     for column, noise in (("P(z) raw", raw), ("P(z)", best)):
         found = [float(row[column]) for row in csv_rows(toy / "run/scores.csv")]
