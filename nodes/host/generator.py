@@ -211,6 +211,8 @@ class ComfyGenerator:
 
     def _draw(self, seed: int) -> Tensor:
         """(1, *noise_shape) for one seed; what is injected beyond it to the last bit is remembered."""
+        if self.plan.calls and seed == 2**64 - 1:
+            raise InputError(f"seed is {seed}, and this sampler draws from the seed after it, too: use a smaller one.")
         initial = comfy.sample.prepare_noise(self.latent, seed, [self.place]).to(self.device)
         noise, exact = draw_noise(
             self.model, self.sampling.sampler, self.sampling.sigmas.to(self.device), self.plan, initial,

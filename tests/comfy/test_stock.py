@@ -108,6 +108,13 @@ def test_a_scheduler_without_noise_levels_is_named(world, monkeypatch):
             make(world, sampler, "kl_optimal")
 
 
+def test_the_largest_seed_is_refused_where_the_sampler_draws_from_the_next(world):
+    largest = 2**64 - 1
+    assert torch.equal(ours(make(world, "euler"), largest), stock(world, "euler", seed=largest))
+    with pytest.raises(errors.InputError, match=f"seed is {largest}.*use a smaller one"):
+        ours(make(world, "euler_ancestral"), largest)
+
+
 @pytest.mark.parametrize(("steps", "denoise"), [(0, 1.0), (-1, 1.0), (4, 0.0), (4, float("nan"))])
 def test_no_step_to_sample_is_named(world, monkeypatch, steps, denoise):
     """Widgets do not go so low, links do."""
