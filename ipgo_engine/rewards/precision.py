@@ -25,7 +25,7 @@ class GradientScale:
         self.factor = 1.0
 
     def enter(self, x: Tensor) -> Tensor:
-        """The identity; its gradient is divided by the factor, in float32."""
+        """The identity; its gradient, of the dtype of `x`, is divided by the factor."""
         return _Enter.apply(x, self)  # pyright: ignore[reportReturnType]
 
     def leave(self, x: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0].float() / ctx.scale.factor, None
+        return grads[0] / ctx.scale.factor, None
 
 
 class _Leave(torch.autograd.Function):

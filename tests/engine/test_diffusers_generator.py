@@ -153,7 +153,9 @@ def test_sdxl_equals_stock_bit_for_bit(sampler: str, eta: float, force_zeros: bo
 def test_no_guidance_equals_stock(kind: str, scale: float, request: pytest.FixtureRequest) -> None:
     pipeline = request.getfixturevalue(kind)
     expected = stock(pipeline, ["red dog"], [1], guidance_scale=scale, eta=1.0)
-    assert torch.equal(image(make(pipeline, guidance_scale=scale, eta=1.0), ["red dog"], [1]), expected)
+    for negative in (None, "b " * 80):
+        generator = make(pipeline, guidance_scale=scale, eta=1.0, negative_prompt=negative)
+        assert torch.equal(image(generator, ["red dog"], [1]), expected)
 
 
 @pytest.mark.parametrize("size", [(24, 32), (32, 16)])
@@ -268,12 +270,14 @@ def test_drawn_noise_is_what_the_seed_gives(sd: Any) -> None:
 # One image does not see another
 
 
-@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+@pytest.mark.parametrize(("kind", "negative"), [("sd", "bad"), ("sdxl", "bad"), ("sdxl", None)])
 @pytest.mark.parametrize("padded", [True, False])
-def test_a_batch_equals_single_images(kind: str, padded: bool, request: pytest.FixtureRequest) -> None:
+def test_a_batch_equals_single_images(
+    kind: str, negative: str | None, padded: bool, request: pytest.FixtureRequest
+) -> None:
     prompts, seeds = ["a cat", LONG, "", "red dog on the moon"], [3, 1, 4, 1]
     pipeline = request.getfixturevalue(kind)
-    generator = make(pipeline, eta=1.0, padded=padded, negative_prompt="bad")
+    generator = make(pipeline, eta=1.0, padded=padded, negative_prompt=negative)
     batch = image(generator, prompts, seeds)
     rows = generator.encode(prompts)
     for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
@@ -535,11 +539,14 @@ def test_gradient_passes_through_the_clamp() -> None:
 
 
 @pytest.mark.parametrize("checkpoint", [True, False])
-def test_tiny_gradients_survive_half_precision(soft: Any, checkpoint: bool) -> None:
-    half = copy.deepcopy(soft).to(torch.float16)
+@pytest.mark.parametrize("way", ["weights", "autocast"])
+def test_tiny_gradients_survive_half_precision(soft: Any, checkpoint: bool, way: str) -> None:
+    if way == "weights":
+        half = make(copy.deepcopy(soft).to(torch.float16), eta=1.0)
+    else:
+        half = make(soft, eta=1.0, autocast=torch.float16)
     found = []
-    for pipeline in (soft, half):
-        generator = make(pipeline, eta=1.0)
+    for generator in (make(soft, eta=1.0), half):
         conditioning = make(soft).encode(["a cat"])
         inputs = (conditioning.embeddings, make(soft, eta=1.0).draw_noise([5]))
         function = scalar(generator, conditioning, checkpoint=checkpoint)
