@@ -809,6 +809,9 @@ def test_bayesian_optimization_refuses_what_it_cannot_search():
         )
     with pytest.raises(InputError, match="for tokens"):
         optimize_noise(ToyGenerator(), ToyReward(), ["a"], NoiseConfig(gradient="bayesian"))
+    plain = OptimizeConfig(gradient="bayesian", tokens=TokenConfig(low_rank=False))
+    with pytest.raises(InputError, match="would search 0 coefficients"):
+        train_tokens(ToyGenerator(), ToyReward(), ["a"], plain)
     pairs = TokenConfig(prefix_length=1, suffix_length=1, basis_size=2)
     with pytest.raises(InputError, match="leave batch_size empty"):
         train_tokens(
