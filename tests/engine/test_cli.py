@@ -770,8 +770,8 @@ def test_pictures_of_one_update_are_not_taken_for_those_of_other_rows(toy: Path,
         (prompts[row // 4], str(row % 4)) for row in loop.spread(20, 16)
     ]
     assert {row["last"] for row in rows} == {""}
-    for number, row in enumerate(rows, start=1):  # the picture is that of the prompt and the seed beside it
-        (path,) = (toy / "run/images").glob(f"{number:03d}-*-before.png")
+    for number, row in zip(loop.spread(20, 16), rows, strict=True):  # the picture is that of its line
+        (path,) = (toy / "run/images").glob(f"{number + 1:03d}-*-before.png")
         generator = ToyGenerator()
         image = generator.generate(generator.encode([row["prompt"]]), generator.draw_noise([int(row["seed"])]))
         assert torch.allclose(pixels(path), image, atol=3e-3)
