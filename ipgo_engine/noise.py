@@ -99,8 +99,9 @@ class _Measure(torch.autograd.Function):
             found = _bounds(mean, second, shuffles.count)
             total, lowest = (total + found.total()) / 2, torch.minimum(lowest, found.lowest())
             gradient /= 2
+            hot = found.hot
             for part in shuffles.parts if want else ():
-                part = part[found.hot[part]]
+                part = part[hot[part]]
                 if len(part):
                     orders = shuffles.orders(part)
                     slope = found.slope(shuffles.blocks(orders), part)
