@@ -2,6 +2,9 @@
 
     python -m benchmarks.comfy_iteration
     python -m benchmarks.comfy_iteration --checkpoint sd15.safetensors --size 512 --gpu
+    python -m benchmarks.comfy_iteration --random sd15 --size 256
+
+`--random sd15` writes a full-size checkpoint with random weights for the stock loader: time does not depend on weights.
 
 ComfyUI is found through COMFYUI_PATH or at ~/comfy/ComfyUI and runs in this process; the pack is loaded as a custom
 node. Stock calls and optimization runs take turns. A step is what the nodes do: sampling, decode, reward (mean
@@ -16,6 +19,7 @@ import gc
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -73,10 +77,8 @@ class Bench:
 
         self.comfy = comfy_nodes
         with host.node():
-            if options.checkpoint:
-                import comfy.sd
-
-                self.model, self.clip, self.vae = comfy.sd.load_checkpoint_guess_config(str(options.checkpoint))[:3]
+            if options.checkpoint or options.random:
+                self.model, self.clip, self.vae = load(options.checkpoint, options.random)
             else:
                 self.model, self.clip, self.vae = host.pack("nodes.host.demo").load_demo()
             self.positive, self.negative = self.encode(PROMPT), self.encode("")
@@ -123,6 +125,20 @@ class Bench:
         tokens = torch.randn(10, self.positive[0][0].shape[-1])
         with self.host.node():
             return self.host.pack("nodes.host.conditioning").insert_tokens(self.positive, tokens, tokens)
+
+
+def load(checkpoint: Path | None, family: str) -> Any:
+    """(MODEL, CLIP, VAE) of the stock loader, from the file or from one with random weights."""
+    import comfy.sd
+
+    if checkpoint:
+        return comfy.sd.load_checkpoint_guess_config(str(checkpoint))[:3]
+    import checkpoints
+
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / f"{family}.safetensors"
+        checkpoints.write(family, path)
+        return comfy.sd.load_checkpoint_guess_config(str(path))[:3]
 
 
 def measure(bench: Bench, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -186,6 +202,7 @@ def main() -> None:
     """Start ComfyUI, measure, write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="a checkpoint for the stock loader; default: the demo model")
+    parser.add_argument("--random", choices=["sd15"], help="random weights in full size instead")
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--cfg", type=float, default=4.0)
     parser.add_argument("--sampler", default="euler")
@@ -197,13 +214,13 @@ def main() -> None:
     parser.add_argument("--gpu", action="store_true", help="on ComfyUI's device instead of the CPU")
     parser.add_argument("--out", type=Path, default=Path("results/comfy_iteration"))
     options = parser.parse_args()
-    os.environ["COMFYUI_ARGUMENTS"] = "" if options.gpu else "--cpu"
+    os.environ.setdefault("COMFYUI_ARGUMENTS", "" if options.gpu else "--cpu")
     sys.path.insert(0, str(ROOT / "tests" / "comfy"))
     import host  # a real ComfyUI from here on
 
     torch.set_num_threads(options.threads)
     rows = measure(Bench(host, options), options)
-    name = options.checkpoint.stem if options.checkpoint else "demo"
+    name = options.checkpoint.stem if options.checkpoint else options.random or "demo"
     version = (host.COMFYUI / "comfyui_version.py").read_text().split('"')[-2]
     where = "GPU" if options.gpu else f"CPU, {options.threads} threads"
     title = f"One step in ComfyUI {version}: {name}, {options.size} px, {options.sampler}, cfg {options.cfg:g}, {where}"

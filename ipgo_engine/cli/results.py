@@ -136,9 +136,10 @@ def _record(
 
 def _write_curves(session: Session, outcomes: Sequence[Outcome]) -> None:
     name = session.rewards.target.name
-    histories = {
-        outcome.prompts[0] if outcome.name else session.command: outcome.result.history for outcome in outcomes
-    }
+    names = [outcome.prompts[0] if outcome.name else session.command for outcome in outcomes]
+    if len(set(names)) < len(names):  # the same prompt twice
+        names = [outcome.name.removeprefix("-") for outcome in outcomes]
+    histories = {name: outcome.result.history for name, outcome in zip(names, outcomes, strict=True)}
     figure = draw_curves(histories, reward=name, title=f"{session.command}: {name}")
     save_figure(session.folder / "curves.png", figure)
 

@@ -1,4 +1,4 @@
-"""`train`, `noise` and `joint`: one job per set of tokens, then pictures, curves and tables."""
+"""`train`, `noise` and `joint`: one job per prompt or set of tokens, then pictures, curves and tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import NoiseConfig
 from ..errors import Cancelled, InputError, IPGOError
 from ..optimize import Result, RunFailedError, optimize_jointly, optimize_noise, train_tokens
 from ..report import slug
@@ -60,9 +59,9 @@ def run_joint(arguments: argparse.Namespace) -> int:
 
 
 def _jobs(session: Session) -> list[Job]:
-    """Prompt-wise: one job per prompt. Shared tokens, and noise (whose pictures are independent): one job in all."""
-    together = isinstance(session.config, NoiseConfig) or session.arguments.mode == "batch"
-    groups = [session.prompts] if together else [[prompt] for prompt in session.prompts]
+    """One per prompt, so that a long list needs no more memory than a short one; of tokens in batch mode one in all."""
+    shared = getattr(session.arguments, "mode", None) == "batch"  # noise has no mode
+    groups = [session.prompts] if shared else [[prompt] for prompt in session.prompts]
     names = [f"-{i:02d}-{slug(group[0])}" if len(groups) > 1 else "" for i, group in enumerate(groups, start=1)]
     return [Job(i, group, session.seeds, name) for i, (group, name) in enumerate(zip(groups, names, strict=True), 1)]
 

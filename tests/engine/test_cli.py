@@ -490,6 +490,32 @@ def test_probabilities_are_those_of_the_noise_that_was_optimized(toy: Path):
     assert read_noise(toy / "run/noise.safetensors")[1]["seeds"] == [0, 4]
 
 
+def test_a_list_of_prompts_needs_the_memory_of_one(toy: Path, monkeypatch: pytest.MonkeyPatch):
+    """The noises of 300 prompts, with their gradients and averages, would be gigabytes."""
+    drawn: list[int] = []
+    draw = ToyGenerator.draw_noise
+    monkeypatch.setattr(ToyGenerator, "draw_noise", lambda self, s: (drawn.append(len(s)), draw(self, s))[1])
+    options = ["--reward", "brightness", "--iterations", "3", "--seeds", "0,4"]
+    assert cli.main(["noise", "red heart", "black cat", "rocket", *options, "--out", "list"]) == 0
+    assert max(drawn) == 2
+    assert cli.main(["noise", "black cat", *options, "--out", "alone"]) == 0
+    names = ["noise-01-red-heart", "noise-02-black-cat", "noise-03-rocket"]
+    assert sorted(path.stem for path in (toy / "list").glob("noise*")) == names
+    found, labels = read_noise(toy / "list/noise-02-black-cat.safetensors")
+    assert found.equal(read_noise(toy / "alone/noise.safetensors")[0])
+    assert (labels["prompts"], labels["seeds"]) == (["black cat"] * 2, [0, 4])
+    assert csv_rows(toy / "list/scores.csv")[2:4] == csv_rows(toy / "alone/scores.csv")
+
+
+def test_the_same_prompt_twice_has_two_curves(toy: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn: list[list[str]] = []
+    plot = results.draw_curves
+    monkeypatch.setattr(results, "draw_curves", lambda runs, **rest: (drawn.append(list(runs)), plot(runs, **rest))[1])
+    assert cli.main([*NOISE, "red heart", "--out", "run"]) == 0
+    assert cli.main([*NOISE, "black cat", "--out", "other"]) == 0
+    assert drawn == [["01-red-heart", "02-red-heart"], ["red heart", "black cat"]]
+
+
 def test_why_a_run_ended_early_is_recorded(toy: Path):
     early = ["--monitor", "contrast", "--monitor-every", "1", "--patience", "1", "--iterations", "500"]
     assert cli.main([*NOISE, *early, "--learning-rate", "0.3", "--out", "run"]) == 0
