@@ -7,8 +7,10 @@
 `--random sd15` writes a full-size checkpoint with random weights for the stock loader: time does not depend on weights.
 
 ComfyUI is found through COMFYUI_PATH or at ~/comfy/ComfyUI and runs in this process; the pack is loaded as a custom
-node. Stock calls and optimization runs take turns. A step is what the nodes do: sampling, decode, reward (mean
-brightness, which costs nothing), backward pass and update; the times are those that the run itself reports.
+node. COMFYUI_ARGUMENTS replaces its command line (`--cpu`, none with `--gpu`): `--cpu --use-pytorch-cross-attention` is
+a GPU's attention on a CPU, and only an attention with a backward pass lets activations be stored. Stock calls and
+optimization runs take turns. A step is what the nodes do: sampling, decode, reward (mean brightness, which costs
+nothing), backward pass and update; the times are those that the run itself reports.
 """
 
 from __future__ import annotations
