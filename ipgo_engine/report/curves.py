@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,67 +22,88 @@ if TYPE_CHECKING:
 # Okabe and Ito's colours, told apart by colour-blind readers too.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 LOWEST = 1e-44  # the smallest probability float32 can hold; below it P(z) is 0 and its logarithm has no place
-LABELLED = 8  # more runs than this in one picture and the legend only gets in the way
+CROWD = "#BBBBBB"
+LABELLED = 8  # more runs than this in one picture are drawn thin and grey behind their mean
 
 Histories = Mapping[str, Sequence[StepEvent]]
+Points = tuple[list[int], list[float]]
 
 
 def draw_curves(histories: Histories, *, reward: str = "reward", title: str = "") -> Figure:
     """One panel for the reward, one for the held-out rewards and one for log10 P(z), where there are any.
 
-    `histories` are the runs by name; a single run also shows its best so far as a stepped line. Nothing global is
-    touched: the figure belongs to the caller.
+    `histories` are the runs by name; a single run also shows its best so far as a stepped line, many runs their mean,
+    in which a run that ended early keeps its last value. Nothing global is touched: the figure belongs to the caller.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     events = [event for history in histories.values() for event in history]
     monitors = list(dict.fromkeys(name for event in events for name in event.monitors))
-    panels: list[tuple[str, Any]] = [(reward, _draw_reward)]
-    panels += [(f"{name} (held out)", _monitor_drawer(name)) for name in monitors]
+    panels: list[tuple[str, Callable[[Sequence[StepEvent]], Points]]] = [(reward, _rewards)]
+    panels += [(f"{name} (held out)", partial(_held_out, name)) for name in monitors]
     if any(event.probability is not None for event in events):
-        panels.append(("log10 P(z)", _draw_probability))
+        panels.append(("log10 P(z)", _probabilities))
     figure = Figure(figsize=(7.2, 1.0 + 2.3 * len(panels)), dpi=110, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, (label, draw) in zip(axes, panels, strict=True):
-        for number, (name, history) in enumerate(histories.items()):
-            draw(axis, history, COLOURS[number % len(COLOURS)], name, len(histories) == 1)
+    for axis, (label, points) in zip(axes, panels, strict=True):
+        marks = {"marker": "o", "ms": 3} if isinstance(points, partial) else {}  # few points, at every so many steps
+        _draw(axis, {name: points(history) for name, history in histories.items()}, marks)
         _tidy(axis, label)
-        if draw is _draw_probability:  # a P(z) that stays at 1 should look flat, not jagged; after the last run only
+        if points is _probabilities:  # a P(z) that stays at 1 should look flat, not jagged; after the last run only
             low, high = axis.get_ylim()
             axis.set_ylim(min(low, -1.0), max(high, 0.1))
+    if len(histories) == 1:
+        _draw_best(axes[0], next(iter(histories.values())))
     axes[-1].set_xlabel("step")
-    if axes[0].get_legend_handles_labels()[1] and len(histories) <= LABELLED:
+    if axes[0].get_legend_handles_labels()[1]:
         axes[0].legend(frameon=False, fontsize=8, loc="best")
     if title:
         figure.suptitle(_plain(title, 80), fontsize=11, x=0.02, ha="left")
     return figure
 
 
-def _draw_reward(axis: Any, history: Sequence[StepEvent], colour: str, name: str, alone: bool) -> None:
-    steps = [event.step for event in history]
-    axis.plot(steps, [event.reward for event in history], color=colour, lw=1.6, label=_plain(name, 40))
-    if alone and history:
-        axis.step(
-            steps, [event.best for event in history], color=colour, lw=1.0, ls="--", where="post", label="best so far"
-        )
-        axis.axhline(history[0].reward, color="#999999", lw=0.8, ls=":", label="at the start")
+def _rewards(history: Sequence[StepEvent]) -> Points:
+    return [event.step for event in history], [event.reward for event in history]
 
 
-def _monitor_drawer(monitor: str) -> Any:
-    def draw(axis: Any, history: Sequence[StepEvent], colour: str, name: str, alone: bool) -> None:
-        found = [event for event in history if monitor in event.monitors]
-        values = [event.monitors[monitor] for event in found]
-        axis.plot([event.step for event in found], values, color=colour, lw=1.4, marker="o", ms=3)
-
-    return draw
+def _held_out(monitor: str, history: Sequence[StepEvent]) -> Points:
+    found = [event for event in history if monitor in event.monitors]
+    return [event.step for event in found], [event.monitors[monitor] for event in found]
 
 
-def _draw_probability(axis: Any, history: Sequence[StepEvent], colour: str, name: str, alone: bool) -> None:
+def _probabilities(history: Sequence[StepEvent]) -> Points:
     found = [(event.step, event.probability) for event in history if event.probability is not None]
-    values = [math.log10(max(probability, LOWEST)) for _, probability in found]
-    axis.plot([step for step, _ in found], values, color=colour, lw=1.6)
+    return [step for step, _ in found], [math.log10(max(probability, LOWEST)) for _, probability in found]
+
+
+def _draw(axis: Any, runs: Mapping[str, Points], marks: dict[str, Any]) -> None:
+    if len(runs) <= LABELLED:
+        for number, (name, points) in enumerate(runs.items()):
+            axis.plot(*points, color=COLOURS[number % len(COLOURS)], lw=1.6, label=_plain(name, 40), **marks)
+        return
+    for points in runs.values():
+        axis.plot(*points, color=CROWD, lw=0.7)
+    axis.plot(*_mean(list(runs.values())), color=COLOURS[0], lw=2.0, label=f"mean of {len(runs)}", **marks)
+
+
+def _mean(runs: Sequence[Points]) -> Points:
+    """The mean of the runs that have points; beyond its ends a run has its first and last value."""
+    import numpy as np
+
+    kept = [points for points in runs if points[0]]
+    steps = sorted({step for own, _ in kept for step in own})
+    return steps, np.mean([np.interp(steps, *points) for points in kept], axis=0).tolist()
+
+
+def _draw_best(axis: Any, history: Sequence[StepEvent]) -> None:
+    """The best so far of a run that is alone in its picture, and where it started."""
+    if not history:
+        return
+    steps, best = [event.step for event in history], [event.best for event in history]
+    axis.step(steps, best, color=COLOURS[0], lw=1.0, ls="--", where="post", label="best so far")
+    axis.axhline(history[0].reward, color="#999999", lw=0.8, ls=":", label="at the start")
 
 
 def _tidy(axis: Any, label: str) -> None:

@@ -105,6 +105,26 @@ def test_every_run_fits_into_the_probability_panel():
     assert high > 0
 
 
+def test_many_runs_are_summed_up():
+    """Run i rises by i per step from 0; the first ended after one step and keeps what it had."""
+    runs = {
+        f"run {i}": [
+            StepEvent(step=step, total=3, reward=float(i * step), best=float(i * step), monitors={"held": float(i)})
+            for step in range(2 if i == 1 else 4)
+        ]
+        for i in range(1, 12)
+    }
+    few = report.draw_curves(dict(list(runs.items())[:8])).axes[0]
+    assert [text.get_text() for text in few.get_legend().get_texts()] == list(runs)[:8]
+    reward, held = report.draw_curves(runs).axes
+    assert [text.get_text() for text in reward.get_legend().get_texts()] == ["mean of 11"]
+    assert len(reward.get_lines()) == len(held.get_lines()) == 12
+    mean = reward.get_lines()[-1]
+    assert list(mean.get_xdata()) == [0, 1, 2, 3]
+    assert list(mean.get_ydata()) == pytest.approx([0, 6, (2 * 65 + 1) / 11, (3 * 65 + 1) / 11])
+    assert list(held.get_lines()[-1].get_ydata()) == pytest.approx([6] * 4)
+
+
 def test_curves_survive_a_probability_of_zero_and_odd_prompts(tmp_path: Path):
     events = [StepEvent(step=i, total=3, reward=0.1, best=0.1, probability=0.0) for i in range(4)]
     figure = report.draw_curves({"costs $5 and $6 {x} _y\nz": events}, title="100% $pure$")
