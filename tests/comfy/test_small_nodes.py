@@ -50,8 +50,8 @@ class ByPrompt:
     name, differentiable = "by prompt", True
 
     def score(self, images, prompts):
-        said = [float(prompt) if prompt != "brightness" else math.inf for prompt in prompts]
-        return torch.where(torch.tensor(said).isinf(), images.mean((1, 2, 3)), torch.tensor(said))
+        said = torch.tensor([float(prompt) if prompt != "brightness" else math.inf for prompt in prompts]).to(images)
+        return torch.where(said.isinf(), images.mean((1, 2, 3)), said)
 
 
 def test_images_are_ranked_best_first_and_scored_in_their_own_order(ours):
