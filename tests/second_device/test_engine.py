@@ -106,8 +106,9 @@ def test_a_run_is_the_same(places, name):
     assert there.stopped == "finished"
     torch.testing.assert_close(there.start_image, here.start_image, rtol=0, atol=1e-3)
     # The rounding of the first gradient doubles with every update, so that only the first two steps are compared.
+    # A JPEG of 2 kB has differed by 14 bytes.
     for event, other in zip(here.history[:2], there.history[:2], strict=True):
-        assert other.reward == pytest.approx(event.reward, rel=5e-3, abs=1e-3)
+        assert other.reward == pytest.approx(event.reward, rel=1e-2, abs=1e-3)
 
 
 @pytest.mark.parametrize(("run", "length"), [(tokens, "epochs"), (noise, "iterations")])
