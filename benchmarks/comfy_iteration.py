@@ -133,14 +133,13 @@ def load(checkpoint: Path | None, family: str) -> Any:
     """(MODEL, CLIP, VAE) of the stock loader, from the file or from one with random weights."""
     import comfy.sd
 
-    if checkpoint:
-        return comfy.sd.load_checkpoint_guess_config(str(checkpoint))[:3]
-    import checkpoints
-
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        path = Path(folder) / f"{family}.safetensors"
-        checkpoints.write(family, path)
-        return comfy.sd.load_checkpoint_guess_config(str(path))[:3]
+        if checkpoint is None:
+            import checkpoints
+
+            checkpoint = Path(folder) / f"{family}.safetensors"
+            checkpoints.write(family, checkpoint)
+        return comfy.sd.load_checkpoint_guess_config(str(checkpoint))[:3]
 
 
 def measure(bench: Bench, options: argparse.Namespace) -> list[dict[str, Any]]:

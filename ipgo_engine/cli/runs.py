@@ -60,8 +60,7 @@ def run_joint(arguments: argparse.Namespace) -> int:
 
 def _jobs(session: Session) -> list[Job]:
     """One per prompt, so that a long list needs no more memory than a short one; of tokens in batch mode one in all."""
-    shared = getattr(session.arguments, "mode", None) == "batch"  # noise has no mode
-    groups = [session.prompts] if shared else [[prompt] for prompt in session.prompts]
+    groups = [session.prompts] if session.mode == "batch" else [[prompt] for prompt in session.prompts]
     names = [f"-{i:02d}-{slug(group[0])}" if len(groups) > 1 else "" for i, group in enumerate(groups, start=1)]
     return [Job(i, group, session.seeds, name) for i, (group, name) in enumerate(zip(groups, names, strict=True), 1)]
 

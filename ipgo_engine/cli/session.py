@@ -36,6 +36,11 @@ class Session:
         return self.config.noise if isinstance(self.config, JointConfig) else self.config
 
     @property
+    def mode(self) -> str | None:
+        """Whether prompts share their tokens ("batch"); noise has no mode."""
+        return getattr(self.arguments, "mode", None)
+
+    @property
     def size(self) -> int:
         """Images at once."""
         return self.loop.micro_batch or len(self.prompts) * len(self.seeds)
@@ -57,11 +62,10 @@ class Session:
     @property
     def fixed(self) -> dict[str, Any]:
         """What must be equal when a run is resumed."""
-        mode = getattr(self.arguments, "mode", None)
         return {
             "prompts": self.prompts,
             "seeds": self.seeds,
-            "mode": mode,
+            "mode": self.mode,
             "generator": self.settings,
             "config": self.config,
             "rewards": {key: self.rewards.names[key] for key in ("reward", "monitor")},

@@ -40,15 +40,15 @@ def draw_curves(histories: Histories, *, reward: str = "reward", title: str = ""
 
     events = [event for history in histories.values() for event in history]
     monitors = list(dict.fromkeys(name for event in events for name in event.monitors))
-    panels: list[tuple[str, Callable[[Sequence[StepEvent]], Points]]] = [(reward, _rewards)]
-    panels += [(f"{name} (held out)", partial(_held_out, name)) for name in monitors]
+    # Held-out rewards are measured at every so many steps: their few points are marked.
+    panels: list[tuple[str, Callable[[Sequence[StepEvent]], Points], dict[str, Any]]] = [(reward, _rewards, {})]
+    panels += [(f"{name} (held out)", partial(_held_out, name), {"marker": "o", "ms": 3}) for name in monitors]
     if any(event.probability is not None for event in events):
-        panels.append(("log10 P(z)", _probabilities))
+        panels.append(("log10 P(z)", _probabilities, {}))
     figure = Figure(figsize=(7.2, 1.0 + 2.3 * len(panels)), dpi=110, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axis, (label, points) in zip(axes, panels, strict=True):
-        marks = {"marker": "o", "ms": 3} if isinstance(points, partial) else {}  # few points, at every so many steps
+    for axis, (label, points, marks) in zip(axes, panels, strict=True):
         _draw(axis, {name: points(history) for name, history in histories.items()}, marks)
         _tidy(axis, label)
         if points is _probabilities:  # a P(z) that stays at 1 should look flat, not jagged; after the last run only

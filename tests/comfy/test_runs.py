@@ -150,8 +150,8 @@ def test_taking_the_best_trains_no_further(world):
     after = kept("list")
     assert after["update"] == before["update"]
     assert torch.equal(after["best"]["images"], before["best"]["images"])
-    # One picture at a time rounds otherwise than a batch: 3e-5 on one processor, a colour level is 4e-3.
-    assert torch.allclose(images.movedim(-1, 1), before["best"]["images"], atol=1e-3)
+    # One picture at a time rounds otherwise than a batch: 3e-5 on one processor.
+    assert torch.allclose(images.movedim(-1, 1), before["best"]["images"], atol=1e-4)
     assert "the best so far after" in report
     assert tokens.num_parameters
 

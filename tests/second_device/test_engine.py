@@ -76,6 +76,7 @@ def surrounded(wrap, run):
     return lambda generator, reward, judge, **options: run(generator, wrap(reward), judge, **options)
 
 
+BLACK_BOXES = ("zeroth-order", "hybrid-image", "hybrid-noise")
 RUNS = {
     "tokens": tokens(),
     "tokens, stored": tokens(checkpoint=False),
@@ -92,7 +93,7 @@ RUNS = {
     ),
     "sum": surrounded(lambda reward: rewards.Weighted([(reward, 1.0), (rewards.load("contrast"), 0.1)]), tokens()),
     "robust": surrounded(rewards.Robust, noise()),
-    **{name: black_box(noise(gradient=name)) for name in ("zeroth-order", "hybrid-image", "hybrid-noise")},
+    **{name: black_box(noise(gradient=name)) for name in BLACK_BOXES},
 }
 
 
@@ -106,9 +107,10 @@ def test_a_run_is_the_same(places, name):
     assert there.stopped == "finished"
     torch.testing.assert_close(there.start_image, here.start_image, rtol=0, atol=1e-3)
     # The rounding of the first gradient doubles with every update, so that only the first two steps are compared.
-    # A JPEG of 2 kB has differed by 14 bytes.
+    # A black box's JPEG of 2 kB has differed by 14 bytes.
+    relative = 1e-2 if name in BLACK_BOXES else 5e-3
     for event, other in zip(here.history[:2], there.history[:2], strict=True):
-        assert other.reward == pytest.approx(event.reward, rel=1e-2, abs=1e-3)
+        assert other.reward == pytest.approx(event.reward, rel=relative, abs=1e-3)
 
 
 @pytest.mark.parametrize(("run", "length"), [(tokens, "epochs"), (noise, "iterations")])
